@@ -1,0 +1,5453 @@
+/* tinyauth: a key in front of a model server.
+ *
+ * PORCH
+ *
+ * One file, read from the bottom up: a room may call only rooms above it.
+ *
+ *   BASICS      slices, bounded writers, numbers, clocks
+ *   LOG         every sentence that is logged
+ *   CONFIG      the options table, the frozen configuration
+ *   KEYS        the keys file and the published key table
+ *   TABLE       the shared counters
+ *   HTTP        pure functions: heads, bodies, error answers, credentials
+ *   USAGE       (not furnished yet: counts tokens)
+ *   LINK        descriptors (TLS will live here)
+ *   CONN        one client connection: state table, two pipes, admission, the end
+ *   SANDBOX     (not furnished yet)
+ *   WORKER      the pool of connections and the loop around poll
+ *   SUPERVISOR  listeners, children, generations, signals
+ *   COMMANDS    check, key
+ *   MAIN
+ *
+ * One request walks down the stairs once: worker_accept, conn_open, step_head, conn_admit, conn_forward, step_connect,
+ * step_relay, request_end; then step_head again, or conn_close.
+ *
+ * Memory is decided at start. A worker maps, and touches only what it uses:
+ *
+ *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers) + 4 * 40 KB scratch + 64 KB log
+ *
+ * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
+ * sender. An idle connection, and a stream whose client keeps up, hold none. The shared mappings are one key table (40
+ * bytes, a name and 8 index bytes a key, twice) and 512 KB of address rates, touched where used.
+ *
+ * What is tried against us, and what meets it:
+ *
+ *   requests that two parsers read differently     refused at the first byte that shows it, never repaired: HTTP
+ *   smuggling through a framing disagreement       heads and chunk lines are written anew; an upstream connection serves
+ *                                                  one client connection only
+ *   guessing keys                                  --ip-rate before any look at a key; digests compared in constant time
+ *   slow heads, slow bodies, slow readers          a deadline for every state: STATES
+ *   huge heads, many fields, long chunk extensions  HEAD_MAX, FIELDS_MAX, CHUNK_EXT_MAX, TRAILER_MAX
+ *   floods of connections                          the oldest one without an authenticated request gives way
+ *   descriptors that run out                       accepting pauses for ACCEPT_PAUSE_MS
+ *   a log that nobody reads                        lines wait, then are dropped and counted; nothing blocks
+ *   an upstream that sends garbage or never ends   ANSWER_HEAD_MAX, INTERIM_MAX, 502; backpressure
+ *   headers that claim another client              all X-Forwarded-* and their like are dropped and set anew
+ */
+
+#define _GNU_SOURCE
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <sysexits.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <bearssl.h>
+
+#include "tinyauth.h"
+
+static struct config config;
+
+/* ============================================================================================================= *
+ * BASICS
+ * Owns: slices, bounded writers, number parsing, constant-time compare, wiping, clocks, random bytes
+ * Calls: libc
+ * Promises: nothing here allocates; a writer never passes its end; parsers take all of their input or nothing
+ * Never: logs
+ * ============================================================================================================= */
+
+#define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
+#define S(literal) ((struct slice){literal, sizeof(literal) - 1})
+#define NS_PER_MS 1000000ull
+#define NS_PER_S 1000000000ull
+
+#if !defined(__GLIBC__)
+/* Debian's libbearssl.a is compiled with _FORTIFY_SOURCE and calls these glibc functions, which musl lacks. */
+__attribute__((weak)) void *
+__memcpy_chk(void *to, const void *from, size_t n, size_t room)
+{
+	if (n > room)
+		abort();
+	return memcpy(to, from, n);
+}
+
+__attribute__((weak)) void *
+__memmove_chk(void *to, const void *from, size_t n, size_t room)
+{
+	if (n > room)
+		abort();
+	return memmove(to, from, n);
+}
+
+__attribute__((weak)) void *
+__memset_chk(void *to, int byte, size_t n, size_t room)
+{
+	if (n > room)
+		abort();
+	return memset(to, byte, n);
+}
+#endif
+
+static struct slice
+slice_of(const char *text)
+{
+	return (struct slice){text, strlen(text)};
+}
+
+static bool
+slice_equal(struct slice a, struct slice b)
+{
+	return a.n == b.n && memcmp(a.p, b.p, a.n) == 0;
+}
+
+static char
+ascii_lower(char c)
+{
+	return c >= 'A' && c <= 'Z' ? (char)(c | 0x20) : c;
+}
+
+/* Without regard to ASCII case, whatever the locale. */
+static bool
+slice_like(struct slice a, struct slice b)
+{
+	if (a.n != b.n)
+		return false;
+	for (size_t i = 0; i < a.n; i++)
+		if (ascii_lower(a.p[i]) != ascii_lower(b.p[i]))
+			return false;
+	return true;
+}
+
+static bool
+slice_starts_like(struct slice a, struct slice prefix)
+{
+	return a.n >= prefix.n && slice_like((struct slice){a.p, prefix.n}, prefix);
+}
+
+/* The slice without its first `n` bytes. */
+static struct slice
+slice_from(struct slice a, size_t n)
+{
+	return n > a.n ? (struct slice){a.p + a.n, 0} : (struct slice){a.p + n, a.n - n};
+}
+
+static void
+out_bytes(struct out *o, const char *p, size_t n)
+{
+	if (n > o->max - o->n) {
+		o->full = true;
+		return;
+	}
+	memcpy(o->p + o->n, p, n);
+	o->n += n;
+}
+
+static void
+out_slice(struct out *o, struct slice s)
+{
+	out_bytes(o, s.p, s.n);
+}
+
+static void
+out_text(struct out *o, const char *text)
+{
+	out_bytes(o, text, strlen(text));
+}
+
+static void
+out_char(struct out *o, char c)
+{
+	out_bytes(o, &c, 1);
+}
+
+static void
+out_number(struct out *o, uint64_t n)
+{
+	char digits[20];
+	size_t at = sizeof digits;
+
+	do
+		digits[--at] = (char)('0' + n % 10);
+	while ((n /= 10) != 0);
+	out_bytes(o, digits + at, sizeof digits - at);
+}
+
+/* Nanoseconds as milliseconds with three decimals. */
+static void
+out_ms(struct out *o, uint64_t ns)
+{
+	uint64_t us = ns / 1000;
+	char decimals[4] = {'.', (char)('0' + us / 100 % 10), (char)('0' + us / 10 % 10), (char)('0' + us % 10)};
+
+	out_number(o, us / 1000);
+	out_bytes(o, decimals, sizeof decimals);
+}
+
+static const char HEX[16] = "0123456789abcdef";
+
+/* Lower-case hex without leading zeros; returns the number of digits. */
+static size_t
+hex_write(char *to, uint64_t n)
+{
+	size_t digits = 1;
+
+	for (uint64_t rest = n >> 4; rest != 0; rest >>= 4)
+		digits++;
+	for (size_t i = digits; i-- > 0; n >>= 4)
+		to[i] = HEX[n & 15];
+	return digits;
+}
+
+/* Value of a hex digit, or -1. */
+static int
+hex_value(char c)
+{
+	if (c >= '0' && c <= '9')
+		return c - '0';
+	c = ascii_lower(c);
+	return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+/* All of `s` as hex into `to`, which takes s.n / 2 bytes. */
+static bool
+hex_read(unsigned char *to, struct slice s)
+{
+	for (size_t i = 0; i + 1 < s.n; i += 2) {
+		int high = hex_value(s.p[i]), low = hex_value(s.p[i + 1]);
+		if (high < 0 || low < 0)
+			return false;
+		to[i / 2] = (unsigned char)(high << 4 | low);
+	}
+	return s.n % 2 == 0;
+}
+
+static bool
+is_digit(char c)
+{
+	return c >= '0' && c <= '9';
+}
+
+/* Decimal digits and nothing else, at most 18 of them: the value always fits. */
+static bool
+number_read(struct slice s, uint64_t *n)
+{
+	if (s.n == 0 || s.n > LENGTH_DIGITS_MAX)
+		return false;
+	*n = 0;
+	for (size_t i = 0; i < s.n; i++) {
+		if (!is_digit(s.p[i]))
+			return false;
+		*n = *n * 10 + (uint64_t)(s.p[i] - '0');
+	}
+	return true;
+}
+
+/* Like memcmp() == 0, in a time that does not depend on where the bytes differ. */
+static bool
+equal_constant_time(const void *a, const void *b, size_t n)
+{
+	const volatile unsigned char *x = a, *y = b;
+	unsigned char differ = 0;
+
+	for (size_t i = 0; i < n; i++)
+		differ |= (unsigned char)(x[i] ^ y[i]);
+	return differ == 0;
+}
+
+/* Zeroes that the compiler may not leave out. */
+static void
+wipe(void *p, size_t n)
+{
+	memset(p, 0, n);
+	__asm__ volatile("" : : "r"(p) : "memory");
+}
+
+static uint64_t
+clock_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * NS_PER_S + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t
+clock_wall_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_REALTIME, &t);
+	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / NS_PER_MS;
+}
+
+/* One line on stderr and the end. Only before serving starts. */
+__attribute__((noreturn, format(printf, 2, 3))) static void
+die(int status, const char *format, ...)
+{
+	va_list rest;
+
+	fputs("tinyauth: ", stderr);
+	va_start(rest, format);
+	vfprintf(stderr, format, rest);
+	va_end(rest);
+	fputc('\n', stderr);
+	exit(status);
+}
+
+static void
+random_fill(void *p, size_t n)
+{
+	if (getentropy(p, n) != 0)
+		die(EXIT_FAILURE, "no random bytes: getentropy: %s", strerror(errno));
+}
+
+/* A mapping that costs memory only where it is touched. Dies when there is none: memory is decided at start. */
+static void *
+map_new(size_t n, int flags)
+{
+	void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		die(EXIT_FAILURE, "cannot map %zu bytes: %s; lower --max-conns or --workers", n, strerror(errno));
+	return p;
+}
+
+/* SipHash-2-4 of 16 bytes: where an address goes in a shared table is nobody's guess. */
+static uint64_t
+hash_keyed(const uint64_t key[2], const uint64_t word[2])
+{
+	uint64_t v0 = key[0] ^ 0x736f6d6570736575ull, v1 = key[1] ^ 0x646f72616e646f6dull;
+	uint64_t v2 = key[0] ^ 0x6c7967656e657261ull, v3 = key[1] ^ 0x7465646279746573ull;
+	const uint64_t input[3] = {word[0], word[1], 16ull << 56};
+#define ROTATE(x, b) ((x) << (b) | (x) >> (64 - (b)))
+	for (int i = 0; i < 4; i++) {
+		if (i < 3)
+			v3 ^= input[i];
+		else
+			v2 ^= 0xff;
+		for (int round = i < 3 ? 2 : 4; round > 0; round--) {
+			v0 += v1, v1 = ROTATE(v1, 13), v1 ^= v0, v0 = ROTATE(v0, 32);
+			v2 += v3, v3 = ROTATE(v3, 16), v3 ^= v2;
+			v0 += v3, v3 = ROTATE(v3, 21), v3 ^= v0;
+			v2 += v1, v1 = ROTATE(v1, 17), v1 ^= v2, v2 = ROTATE(v2, 32);
+		}
+		if (i < 3)
+			v0 ^= input[i];
+	}
+#undef ROTATE
+	return v0 ^ v1 ^ v2 ^ v3;
+}
+
+/* ============================================================================================================= *
+ * LOG
+ * Owns: the log's descriptor, every sentence that is logged, the escaping
+ * Calls: BASICS
+ * Promises: whole lines, at most one write a turn (a pipe takes 4 KB at once); control bytes are escaped
+ * Never: blocks the process: what cannot be written waits in the buffer, what finds no room there is dropped and counted
+ * ============================================================================================================= */
+
+/* A field's name as it stands in the line: `status=` or `"status":`. */
+static void
+log_name(struct log *log, struct out *o, const char *name)
+{
+	if (log->format == LOG_JSON) {
+		out_text(o, o->n > 1 ? ",\"" : "\"");
+		out_text(o, name);
+		out_text(o, "\":");
+	} else {
+		if (o->n > 0)
+			out_char(o, ' ');
+		out_text(o, name);
+		out_char(o, '=');
+	}
+}
+
+/* Bytes as they may stand between quotes in either format: nothing that a terminal or a parser acts upon. */
+static void
+log_escaped(struct log *log, struct out *o, struct slice s)
+{
+	const char *hex = log->format == LOG_JSON ? "\\u00" : "\\x";
+
+	for (size_t i = 0; i < s.n; i++) {
+		unsigned char c = (unsigned char)s.p[i];
+		if (c == '"' || c == '\\') {
+			out_char(o, '\\');
+			out_char(o, (char)c);
+		} else if (c < 0x20 || c >= 0x7f) {
+			out_text(o, hex);
+			out_char(o, HEX[c >> 4]);
+			out_char(o, HEX[c & 15]);
+		} else
+			out_char(o, (char)c);
+	}
+}
+
+static bool
+log_plain(struct slice s)
+{
+	for (size_t i = 0; i < s.n; i++)
+		if (s.p[i] <= ' ' || s.p[i] >= 0x7f || s.p[i] == '"' || s.p[i] == '=' || s.p[i] == '\\')
+			return false;
+	return s.n > 0;
+}
+
+/* A text field; an empty one is unknown: `-` in logfmt, left out in JSON. */
+static void
+log_slice(struct log *log, struct out *o, const char *name, struct slice s)
+{
+	if (s.n == 0 && log->format == LOG_JSON)
+		return;
+	log_name(log, o, name);
+	if (s.n == 0)
+		out_char(o, '-');
+	else if (log->format == LOG_LOGFMT && log_plain(s))
+		out_slice(o, s);
+	else {
+		out_char(o, '"');
+		log_escaped(log, o, s);
+		out_char(o, '"');
+	}
+}
+
+static void
+log_text(struct log *log, struct out *o, const char *name, const char *text)
+{
+	log_slice(log, o, name, slice_of(text));
+}
+
+static void
+log_number(struct log *log, struct out *o, const char *name, uint64_t n)
+{
+	log_name(log, o, name);
+	out_number(o, n);
+}
+
+static void
+log_ms(struct log *log, struct out *o, const char *name, uint64_t ns)
+{
+	log_name(log, o, name);
+	out_ms(o, ns);
+}
+
+/* `2026-11-23T03:12:00.123Z`; the date part is made once a second. */
+static void
+log_time(struct log *log, struct out *o, uint64_t wall_ms)
+{
+	uint64_t ms = wall_ms % 1000;
+	char tail[5] = {'.', (char)('0' + ms / 100), (char)('0' + ms / 10 % 10), (char)('0' + ms % 10), 'Z'};
+
+	if (log->second != wall_ms / 1000 || log->date[0] == '\0') {
+		time_t second = (time_t)(wall_ms / 1000);
+		struct tm t;
+		gmtime_r(&second, &t);
+		strftime(log->date, sizeof log->date, "%Y-%m-%dT%H:%M:%S", &t);
+		log->second = wall_ms / 1000;
+	}
+	log_name(log, o, "time");
+	if (log->format == LOG_JSON)
+		out_char(o, '"');
+	out_text(o, log->date);
+	out_bytes(o, tail, sizeof tail);
+	if (log->format == LOG_JSON)
+		out_char(o, '"');
+}
+
+static bool log_flush(struct log *log);
+
+/* Starts a line. Every line ends in log_end(), which keeps it or counts it as dropped. */
+static struct out
+log_begin(struct log *log, uint64_t wall_ms)
+{
+	if (LOG_BUF - log->n < LOG_LINE)
+		log_flush(log);
+	struct out o = {log->buf + log->n, 0, LOG_BUF - log->n < LOG_LINE ? 0 : LOG_LINE, false};
+
+	if (log->format == LOG_JSON)
+		out_char(&o, '{');
+	log_time(log, &o, wall_ms);
+	return o;
+}
+
+static void
+log_end(struct log *log, struct out *o)
+{
+	out_text(o, log->format == LOG_JSON ? "}\n" : "\n");
+	if (o->full)
+		log->dropped++;
+	else
+		log->n += o->n;
+}
+
+/* How many of the waiting bytes one write may take: all for a file, else whole lines of at most LOG_LINE bytes, which a
+ * pipe takes as a whole or not at all. */
+static size_t
+log_portion(const struct log *log, size_t from)
+{
+	size_t n = log->n - from;
+
+	if (log->regular || n <= LOG_LINE)
+		return n;
+	const char *end = memrchr(log->buf + from, '\n', LOG_LINE);
+	return end == NULL ? LOG_LINE : (size_t)(end + 1 - (log->buf + from));
+}
+
+static ssize_t
+log_write(struct log *log, const char *p, size_t n)
+{
+	struct pollfd ready = {log->fd, POLLOUT, 0};
+
+	if (log->socket)
+		return send(log->fd, p, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+	/* A description that we share with others must not be made non-blocking: it is asked first. */
+	if (!log->own && !log->regular && poll(&ready, 1, 0) != 1)
+		return -1;
+	return write(log->fd, p, n);
+}
+
+/* Writes what waits, as far as that goes at once. False: something is left. */
+static bool
+log_flush(struct log *log)
+{
+	size_t done = 0;
+
+	while (done < log->n) {
+		ssize_t n = log_write(log, log->buf + done, log_portion(log, done));
+		if (n <= 0)
+			break;
+		done += (size_t)n;
+	}
+	memmove(log->buf, log->buf + done, log->n - done);
+	log->n -= done;
+	if (log->n == 0 && log->dropped > 0) {
+		uint64_t lines = log->dropped;
+		struct out o = log_begin(log, clock_wall_ms());
+		log->dropped = 0;
+		log_text(log, &o, "event", "log_dropped");
+		log_number(log, &o, "lines", lines);
+		log_end(log, &o);
+	}
+	return log->n == 0;
+}
+
+/* Takes fd as the log. A pipe or terminal that others share is opened anew if /proc is there, so that it can be
+ * non-blocking for us alone. */
+static void
+log_use(struct log *log, int fd)
+{
+	struct stat st;
+	char path[32];
+
+	log->fd = fd;
+	log->regular = log->socket = log->own = false;
+	if (fstat(fd, &st) != 0)
+		return;
+	log->regular = S_ISREG(st.st_mode);
+	log->socket = S_ISSOCK(st.st_mode);
+	if (log->regular || log->socket)
+		return;
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	int own = open(path, O_WRONLY | O_NONBLOCK | O_APPEND | O_CLOEXEC | O_NOCTTY);
+	if (own >= 0) {
+		log->fd = own;
+		log->own = true;
+		if (fd > STDERR_FILENO)
+			close(fd);
+	}
+}
+
+static int
+log_open_file(const char *path)
+{
+	return open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0640);
+}
+
+/* Lets go of the descriptor in use. */
+static void
+log_close(struct log *log)
+{
+	log_flush(log);
+	if (log->fd > STDERR_FILENO)
+		close(log->fd);
+}
+
+/* An event line is: time, event, then what the caller adds. */
+static struct out
+log_event(struct log *log, const char *event)
+{
+	struct out o = log_begin(log, clock_wall_ms());
+
+	log_text(log, &o, "event", event);
+	return o;
+}
+
+static void
+log_listening(struct log *log, const char *addr)
+{
+	struct out o = log_event(log, "listening");
+
+	log_text(log, &o, "addr", addr);
+	log_end(log, &o);
+}
+
+static void
+log_ready(struct log *log, uint64_t workers, uint64_t keys, const char *upstream)
+{
+	struct out o = log_event(log, "ready");
+
+	log_number(log, &o, "pid", (uint64_t)getpid());
+	log_number(log, &o, "workers", workers);
+	log_number(log, &o, "keys", keys);
+	log_text(log, &o, "upstream", upstream);
+	log_end(log, &o);
+}
+
+static void
+log_worker_started(struct log *log, int slot, int pid)
+{
+	struct out o = log_event(log, "worker_started");
+
+	log_number(log, &o, "worker", (uint64_t)slot);
+	log_number(log, &o, "pid", (uint64_t)pid);
+	log_end(log, &o);
+}
+
+static void
+log_worker_died(struct log *log, const struct child *child, int status)
+{
+	struct out o = log_event(log, "worker_died");
+
+	log_number(log, &o, "worker", (uint64_t)child->slot);
+	log_number(log, &o, "pid", (uint64_t)child->pid);
+	if (WIFSIGNALED(status))
+		log_number(log, &o, "signal", (uint64_t)WTERMSIG(status));
+	else
+		log_number(log, &o, "status", (uint64_t)WEXITSTATUS(status));
+	log_end(log, &o);
+}
+
+static void
+log_keys_published(struct log *log, uint64_t keys)
+{
+	struct out o = log_event(log, "keys_published");
+
+	log_number(log, &o, "keys", keys);
+	log_end(log, &o);
+}
+
+static void
+log_keys_refused(struct log *log, const char *file, uint64_t errors)
+{
+	struct out o = log_event(log, "keys_refused");
+
+	log_text(log, &o, "file", file);
+	log_number(log, &o, "errors", errors);
+	log_text(log, &o, "kept", "the keys from before");
+	log_end(log, &o);
+}
+
+/* A bare event, or one with a sentence: what happened, why, and what was done about it. */
+static void
+log_note(struct log *log, const char *event, const char *what)
+{
+	struct out o = log_event(log, event);
+
+	if (what != NULL)
+		log_text(log, &o, "what", what);
+	log_end(log, &o);
+}
+
+/* An event that a system call's failure caused. */
+static void
+log_failure(struct log *log, const char *event, const char *what, int error)
+{
+	struct out o = log_event(log, event);
+
+	log_text(log, &o, "what", what);
+	log_text(log, &o, "error", strerror(error));
+	log_end(log, &o);
+}
+
+/* The access line: one for each request, written at its end. `why` is the reason's word, "" when it was served. */
+static void
+log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn *c, const char *why, const char *upstream)
+{
+	const struct request *r = c->request;
+	struct out o = log_begin(log, wall_ms);
+
+	log_text(log, &o, "addr", c->addr);
+	log_text(log, &o, "key", r->key.name);
+	log_slice(log, &o, "method", (struct slice){r->method, r->method_len});
+	log_slice(log, &o, "path", (struct slice){r->path, r->path_len});
+	log_number(log, &o, "status", r->status);
+	if (why[0] != '\0')
+		log_text(log, &o, "reason", why);
+	log_number(log, &o, "in", r->in + c->req.in);
+	log_number(log, &o, "out", c->resp.out);
+	if (r->first_ns != 0)
+		log_ms(log, &o, "ttfb_ms", r->first_ns - r->begin_ns);
+	else
+		log_slice(log, &o, "ttfb_ms", S(""));
+	log_ms(log, &o, "ms", now_ns - r->begin_ns);
+	log_text(log, &o, "upstream", upstream);
+	log_slice(log, &o, "id", (struct slice){r->id, r->id_len});
+	log_end(log, &o);
+}
+
+/* ============================================================================================================= *
+ * CONFIG
+ * Owns: the options table, which drives parsing, the environment, --help and check; the frozen configuration
+ * Calls: BASICS
+ * Promises: a bad value is one sentence that says what is wrong and how to mend it; the command line wins
+ * Never: changes the configuration after start
+ * ============================================================================================================= */
+
+enum option_kind { O_TEXT, O_LISTEN, O_UPSTREAM, O_COUNT, O_BURST, O_DURATION, O_RATE, O_FORMAT };
+
+struct option_row {
+	char letter;                 /* 0: none */
+	const char *name, *argument, *initial, *help;
+	size_t offset;               /* of the value in struct config */
+	enum option_kind kind;
+};
+
+#define AT(member) offsetof(struct config, member)
+static const struct option_row OPTIONS[] = {
+	{'k', "keys", "FILE", NULL, "the keys file (./keys, else /etc/tinyauth/keys)", AT(keys), O_TEXT},
+	{'l', "listen", "ADDR", "[::]:21434", "HOST:PORT, :PORT, [V6]:PORT or unix:PATH; repeatable", 0, O_LISTEN},
+	{'u', "upstream", "ADDR", "127.0.0.1:11434", "the model server: HOST:PORT or unix:PATH", 0, O_UPSTREAM},
+	{'w', "workers", "N", NULL, "worker processes (one per online CPU)", AT(workers), O_COUNT},
+	{'n', "max-conns", "N", "1024", "client connections per worker", AT(max_conns), O_COUNT},
+	{0, "ip-rate", "RATE", "10/s", "requests per client address, N/s|m|h|d; off: no limit", AT(ip_rate), O_RATE},
+	{0, "ip-burst", "N", "20", "requests beyond it that may come at once", AT(ip_rate.burst), O_BURST},
+	{0, "log", "FILE", NULL, "access and event log (stderr); opened anew on SIGUSR1", AT(log), O_TEXT},
+	{0, "log-format", "FORMAT", "logfmt", "logfmt or json", AT(log_format), O_FORMAT},
+	{0, "header-timeout", "TIME", "10s", "for a request's head to be whole", AT(header_ms), O_DURATION},
+	{0, "connect-timeout", "TIME", "5s", "for the upstream to take the connection", AT(connect_ms), O_DURATION},
+	{0, "first-byte-timeout", "TIME", "600s", "for the first byte of the answer", AT(first_byte_ms), O_DURATION},
+	{0, "idle-timeout", "TIME", "600s", "for a body or stream that stands still", AT(idle_ms), O_DURATION},
+	{0, "keepalive-timeout", "TIME", "75s", "for the next request of a connection", AT(keepalive_ms), O_DURATION},
+	{0, "drain-timeout", "TIME", "600s", "for running streams when the server stops", AT(drain_ms), O_DURATION},
+};
+#undef AT
+
+/* What is wrong with a value, for one line on stderr. */
+struct mistake {
+	char text[512];
+};
+
+__attribute__((format(printf, 2, 3))) static bool
+mistake_is(struct mistake *m, const char *format, ...)
+{
+	va_list rest;
+
+	va_start(rest, format);
+	vsnprintf(m->text, sizeof m->text, format, rest);
+	va_end(rest);
+	return false;
+}
+
+static void
+addr_write(struct addr *a)
+{
+	char host[INET6_ADDRSTRLEN] = "?";
+
+	if (a->ss.ss_family == AF_INET) {
+		struct sockaddr_in *in = (struct sockaddr_in *)&a->ss;
+		inet_ntop(AF_INET, &in->sin_addr, host, sizeof host);
+		snprintf(a->text, sizeof a->text, "%s:%u", host, ntohs(in->sin_port));
+	} else if (a->ss.ss_family == AF_INET6) {
+		struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)&a->ss;
+		inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof host);
+		snprintf(a->text, sizeof a->text, "[%s]:%u", host, ntohs(in6->sin6_port));
+	} else
+		snprintf(a->text, sizeof a->text, "unix:%.107s", ((struct sockaddr_un *)&a->ss)->sun_path);
+}
+
+static bool
+addr_read_unix(const char *path, struct addr *a, struct mistake *m)
+{
+	struct sockaddr_un *un = (struct sockaddr_un *)&a->ss;
+
+	if (path[0] == '\0' || strlen(path) >= sizeof un->sun_path)
+		return mistake_is(m, "'unix:%s': the path must have 1 to %zu bytes", path, sizeof un->sun_path - 1);
+	un->sun_family = AF_UNIX;
+	strcpy(un->sun_path, path);
+	a->len = sizeof *un;
+	addr_write(a);
+	return true;
+}
+
+/* Splits HOST:PORT or [V6]:PORT; host takes NI_MAXHOST bytes. */
+static bool
+addr_split(const char *text, char *host, const char **port, struct mistake *m)
+{
+	const char *colon = strrchr(text, ':');
+	const char *from = text, *to = colon;
+	uint64_t number;
+
+	if (colon == NULL)
+		return mistake_is(m, "'%s' has no port; write HOST:PORT, [V6]:PORT or unix:PATH", text);
+	if (text[0] == '[' && colon > text && colon[-1] == ']') {
+		from = text + 1;
+		to = colon - 1;
+	} else if (memchr(text, ':', (size_t)(colon - text)) != NULL)
+		return mistake_is(m, "'%s' is unclear; write an IPv6 address as [ADDRESS]:PORT", text);
+	if (to - from >= NI_MAXHOST)
+		return mistake_is(m, "'%s': the host is too long", text);
+	memcpy(host, from, (size_t)(to - from));
+	host[to - from] = '\0';
+	*port = colon + 1;
+	if (!number_read(slice_of(*port), &number) || number > 65535)
+		return mistake_is(m, "'%s': '%s' is not a port; write a number from 0 to 65535", text, *port);
+	return true;
+}
+
+/* One address, or for a name up to `max` of them, IPv4 first: model servers on localhost often have nothing else. */
+static bool
+addr_read(const char *text, struct addr *a, unsigned max, unsigned *n, bool passive, struct mistake *m)
+{
+	struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0)};
+	struct addrinfo *list;
+	char host[NI_MAXHOST];
+	const char *port = NULL;
+
+	*n = 0;
+	if (strncmp(text, "unix:", 5) == 0)
+		return addr_read_unix(text + 5, a, m) && (*n = 1);
+	if (!addr_split(text, host, &port, m))
+		return false;
+	if (host[0] == '\0' && !passive)
+		return mistake_is(m, "'%s' has no host; write HOST:PORT", text);
+	int error = getaddrinfo(host[0] == '\0' ? "::" : host, port, &hints, &list);
+	if (error != 0)
+		return mistake_is(m, "'%s': cannot find the address of '%s': %s", text, host, gai_strerror(error));
+	for (int family = 0; family < 2; family++)
+		for (struct addrinfo *i = list; i != NULL && *n < max; i = i->ai_next)
+			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
+				memcpy(&a[*n].ss, i->ai_addr, i->ai_addrlen);
+				a[*n].len = i->ai_addrlen;
+				addr_write(&a[(*n)++]);
+			}
+	freeaddrinfo(list);
+	return *n > 0 || mistake_is(m, "'%s' has no IPv4 or IPv6 address", text);
+}
+
+static bool
+addr_loopback(const struct addr *a)
+{
+	if (a->ss.ss_family == AF_INET)
+		return ntohl(((const struct sockaddr_in *)&a->ss)->sin_addr.s_addr) >> 24 == 127;
+	if (a->ss.ss_family == AF_INET6)
+		return IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)&a->ss)->sin6_addr);
+	return true;
+}
+
+/* The upstream's own Host: Ollama answers 403 to names that it does not know, and always knows `localhost`. */
+static bool
+config_upstream(struct config *cfg, const char *value, struct mistake *m)
+{
+	struct upstream *u = &cfg->upstream;
+
+	if (cfg->upstream_given)
+		return mistake_is(m, "only one upstream can be given in this version");
+	cfg->upstream_given = true;
+	if (strlen(value) >= sizeof u->text)
+		return mistake_is(m, "'%.40s...' is too long", value);
+	if (!addr_read(value, u->addr, UPSTREAM_ADDRS, &u->addrs, false, m))
+		return false;
+	strcpy(u->text, value);
+	if (u->addr[0].ss.ss_family == AF_UNIX)
+		strcpy(u->host, "localhost");
+	else if (addr_loopback(&u->addr[0]))
+		snprintf(u->host, sizeof u->host, "localhost%s", strrchr(value, ':'));
+	else
+		strcpy(u->host, value);
+	return true;
+}
+
+static bool
+config_listen(struct config *cfg, const char *value, struct mistake *m)
+{
+	unsigned n;
+
+	if (cfg->listens == LISTEN_MAX)
+		return mistake_is(m, "more than %d listeners", LISTEN_MAX);
+	if (!addr_read(value, &cfg->listen[cfg->listens], 1, &n, true, m))
+		return false;
+	cfg->listens++;
+	return true;
+}
+
+/* `300ms`, `10s`, `5m`, `1h`, in ms. */
+static bool
+duration_read(const char *text, uint64_t *ms)
+{
+	static const struct { const char *unit; uint64_t ms; } UNITS[] = {
+		{"ms", 1}, {"s", 1000}, {"m", 60000}, {"h", 3600000}};
+	size_t digits = strspn(text, "0123456789");
+	uint64_t n;
+
+	if (digits > 9 || !number_read((struct slice){text, digits}, &n) || n == 0)
+		return false;
+	for (size_t i = 0; i < LENGTH(UNITS); i++)
+		if (strcmp(text + digits, UNITS[i].unit) == 0) {
+			*ms = n * UNITS[i].ms;
+			return true;
+		}
+	return false;
+}
+
+/* `10/s`, `100/m`, `5/h`, `1/d`; the interval in ns. */
+static bool
+rate_read(const char *text, uint64_t *interval_ns)
+{
+	static const struct { const char *unit; uint64_t s; } UNITS[] = {{"/s", 1}, {"/m", 60}, {"/h", 3600}, {"/d", 86400}};
+	size_t digits = strspn(text, "0123456789");
+	uint64_t n;
+
+	if (digits > 9 || !number_read((struct slice){text, digits}, &n) || n == 0)
+		return false;
+	for (size_t i = 0; i < LENGTH(UNITS); i++)
+		if (strcmp(text + digits, UNITS[i].unit) == 0) {
+			*interval_ns = UNITS[i].s * NS_PER_S / n;
+			return true;
+		}
+	return false;
+}
+
+static bool
+config_rate(struct rate *rate, const char *value, struct mistake *m)
+{
+	rate->interval_ns = 0;
+	if (strcmp(value, "off") == 0 || rate_read(value, &rate->interval_ns))
+		return true;
+	return mistake_is(m, "'%s' is not a rate; write N/s, N/m, N/h or N/d, or off", value);
+}
+
+static bool
+config_set(struct config *cfg, const struct option_row *row, const char *value, struct mistake *m)
+{
+	void *to = (char *)cfg + row->offset;
+
+	switch (row->kind) {
+	case O_TEXT:
+		*(const char **)to = value;
+		return value[0] != '\0' || mistake_is(m, "needs a value; give it one or leave it out");
+	case O_LISTEN:
+		return config_listen(cfg, value, m);
+	case O_UPSTREAM:
+		return config_upstream(cfg, value, m);
+	case O_COUNT:
+		return (number_read(slice_of(value), to) && *(uint64_t *)to >= 1 && *(uint64_t *)to <= 1000000) ||
+		       mistake_is(m, "'%s' is not a number from 1 to 1000000", value);
+	case O_BURST:
+		return (number_read(slice_of(value), to) && *(uint64_t *)to <= 100000) ||
+		       mistake_is(m, "'%s' is not a number from 0 to 100000", value);
+	case O_DURATION:
+		return duration_read(value, to) ||
+		       mistake_is(m, "'%s' is not a time; write a number and ms, s, m or h, such as 10s", value);
+	case O_RATE:
+		return config_rate(to, value, m);
+	case O_FORMAT:
+		*(int *)to = strcmp(value, "json") == 0 ? LOG_JSON : LOG_LOGFMT;
+		return strcmp(value, "json") == 0 || strcmp(value, "logfmt") == 0 ||
+		       mistake_is(m, "'%s' is not a log format; write logfmt or json", value);
+	}
+	return false;
+}
+
+/* `header-timeout` is TINYAUTH_HEADER_TIMEOUT in the environment. */
+static const char *
+option_environment(const struct option_row *row)
+{
+	char name[64] = "TINYAUTH_";
+	size_t n = strlen(name);
+
+	for (const char *c = row->name; *c != '\0' && n < sizeof name - 1; c++)
+		name[n++] = *c == '-' ? '_' : (char)(*c & ~0x20);
+	name[n] = '\0';
+	return getenv(name);
+}
+
+/* Repeatable ones are comma-separated there. */
+static bool
+config_environment(struct config *cfg, const struct option_row *row, const char *value, struct mistake *m)
+{
+	if (row->kind != O_LISTEN)
+		return config_set(cfg, row, value, m);
+	char *list = strdup(value), *rest = list;
+	bool good = list != NULL;
+	for (char *one; good && (one = strsep(&rest, ",")) != NULL;)
+		good = config_set(cfg, row, one, m);
+	free(list);
+	return good;
+}
+
+static const struct option_row *
+option_find(const char *name, size_t n, char letter)
+{
+	for (size_t i = 0; i < LENGTH(OPTIONS); i++) {
+		if (letter != 0 && OPTIONS[i].letter == letter)
+			return &OPTIONS[i];
+		if (letter == 0 && strlen(OPTIONS[i].name) == n && memcmp(OPTIONS[i].name, name, n) == 0)
+			return &OPTIONS[i];
+	}
+	return NULL;
+}
+
+/* One option at argv[*i], whose value may be the next argument: `--name value`, `--name=value`, `-k value`, `-kvalue`. */
+static bool
+config_argument(struct config *cfg, char *const *argv, int *i, uint64_t *given, struct mistake *m)
+{
+	const char *argument = argv[*i], *value = NULL;
+	const struct option_row *row = NULL;
+	struct mistake why;
+
+	if (argument[0] == '-' && argument[1] == '-') {
+		size_t n = strcspn(argument + 2, "=");
+		row = option_find(argument + 2, n, 0);
+		value = argument[2 + n] == '=' ? argument + 3 + n : NULL;
+	} else if (argument[0] == '-' && argument[1] != '\0') {
+		row = option_find(NULL, 0, argument[1]);
+		value = argument[2] != '\0' ? argument + 2 : NULL;
+	}
+	if (row == NULL)
+		return mistake_is(m, "'%s' is not an option; tinyauth --help lists them", argument);
+	if (value == NULL && (value = argv[++*i]) == NULL)
+		return mistake_is(m, "--%s needs a value: %s", row->name, row->argument);
+	*given |= 1ull << (row - OPTIONS);
+	return config_set(cfg, row, value, &why) || mistake_is(m, "--%s: %s", row->name, why.text);
+}
+
+/* Digest of a secret as it is written in a keys file or in TINYAUTH_KEY: the key itself, or sha256: and its digest. */
+static bool
+secret_read(struct slice secret, unsigned char digest[32], struct mistake *m)
+{
+	static const struct slice HASHED = {"sha256:", 7};
+	br_sha256_context sha;
+
+	if (secret.n >= HASHED.n && memcmp(secret.p, HASHED.p, HASHED.n) == 0)
+		return (secret.n == HASHED.n + 64 && hex_read(digest, slice_from(secret, HASHED.n))) ||
+		       mistake_is(m, "sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'");
+	if (secret.n < 1 || secret.n > SECRET_MAX)
+		return mistake_is(m, "the secret has %zu bytes; 1 to %d are allowed", secret.n, SECRET_MAX);
+	for (size_t i = 0; i < secret.n; i++)
+		if (secret.p[i] <= ' ' || secret.p[i] >= 0x7f)
+			return mistake_is(m, "the secret holds a byte that is not visible ASCII; replace it");
+	br_sha256_init(&sha);
+	br_sha256_update(&sha, secret.p, secret.n);
+	br_sha256_out(&sha, digest);
+	wipe(&sha, sizeof sha);
+	return true;
+}
+
+/* TINYAUTH_KEY becomes a digest; the secret is wiped from the environment, where it would stand for all to see. An
+ * upgraded binary finds the digest there. */
+static bool
+config_env_key(struct config *cfg, struct mistake *m)
+{
+	char *secret = getenv("TINYAUTH_KEY");
+	char hashed[7 + 64 + 1] = "sha256:";
+
+	if (secret == NULL)
+		return true;
+	if (!secret_read(slice_of(secret), cfg->env_digest, m))
+		return false;
+	cfg->env_key = true;
+	for (size_t i = 0; i < 32; i++) {
+		hashed[7 + 2 * i] = HEX[cfg->env_digest[i] >> 4];
+		hashed[8 + 2 * i] = HEX[cfg->env_digest[i] & 15];
+	}
+	wipe(secret, strlen(secret));
+	return setenv("TINYAUTH_KEY", hashed, 1) == 0 || mistake_is(m, "no memory for the environment");
+}
+
+static void
+config_default_keys(struct config *cfg)
+{
+	static const char *const PLACES[] = {"keys", "/etc/tinyauth/keys"};
+
+	cfg->keys_given = cfg->keys != NULL;
+	for (size_t i = 0; cfg->keys == NULL && i < LENGTH(PLACES); i++)
+		if (access(PLACES[i], F_OK) == 0)
+			cfg->keys = PLACES[i];
+}
+
+/* Command line, then environment, then defaults. What is no option goes to `words`, at most `max` of them. False: `m` says
+ * what is wrong, `*usage` whether the command line is. */
+static bool
+config_read(struct config *cfg, char *const *argv, char **words, size_t max, bool *usage, struct mistake *m)
+{
+	uint64_t given = 0;
+	struct mistake why;
+
+	*cfg = (struct config){.linger_ms = LINGER_MS, .reader_ms = READER_MS};
+	*usage = true;
+	for (int i = 0; argv[i] != NULL; i++) {
+		if (argv[i][0] != '-' && max-- > 0)
+			*words++ = argv[i];
+		else if (!config_argument(cfg, argv, &i, &given, m))
+			return false;
+	}
+	*usage = false;
+	for (size_t i = 0; i < LENGTH(OPTIONS); i++) {
+		const char *value = given >> i & 1 ? NULL : option_environment(&OPTIONS[i]);
+		bool named = value != NULL;
+		if (!named && !(given >> i & 1))
+			value = OPTIONS[i].initial;
+		if (value != NULL && !config_environment(cfg, &OPTIONS[i], value, &why))
+			return mistake_is(m, "%s%s: %s", named ? "in the environment: --" : "--", OPTIONS[i].name, why.text);
+	}
+	if (!config_env_key(cfg, &why))
+		return mistake_is(m, "TINYAUTH_KEY: %s", why.text);
+	if (cfg->workers == 0)
+		cfg->workers = (uint64_t)(sysconf(_SC_NPROCESSORS_ONLN) > 0 ? sysconf(_SC_NPROCESSORS_ONLN) : 1);
+	if (cfg->workers > WORKERS_MAX)
+		cfg->workers = WORKERS_MAX;
+	config_default_keys(cfg);
+	return true;
+}
+
+static void
+config_help(FILE *to)
+{
+	fputs("tinyauth " TINYAUTH_VERSION ": a key in front of a model server\n\n"
+	      "  tinyauth [options]                   serve\n"
+	      "  tinyauth check [options]             check keys file and options, print what would run\n"
+	      "  tinyauth key add NAME [attr ...]     append a hashed key to the keys file, print its secret once\n"
+	      "  tinyauth key rotate NAME             a new secret, the rest of the line as it was\n"
+	      "  tinyauth key rm NAME                 remove a key\n"
+	      "  tinyauth key list                    names and attributes\n"
+	      "  tinyauth -h | --help | -V | --version\n\n", to);
+	for (size_t i = 0; i < LENGTH(OPTIONS); i++) {
+		const struct option_row *row = &OPTIONS[i];
+		char left[48], letter[5] = {'-', row->letter, ',', ' ', '\0'};
+		snprintf(left, sizeof left, "%s--%s %s", row->letter ? letter : "    ", row->name, row->argument);
+		fprintf(to, "  %-30s %s%s%s%s\n", left, row->help, row->initial ? " (" : "",
+		    row->initial ? row->initial : "", row->initial ? ")" : "");
+	}
+	fputs("\nEach long option can come from the environment, such as TINYAUTH_LISTEN; TINYAUTH_KEY holds one key.\n"
+	      "Signals: HUP reads the keys again, USR1 opens the log anew, USR2 replaces the binary, TERM and INT drain.\n", to);
+}
+
+/* ============================================================================================================= *
+ * KEYS
+ * Owns: the keys file's grammar, the published key table (two halves and an index)
+ * Calls: BASICS, CONFIG (secret_read)
+ * Promises: a file with any error is refused whole, each bad line named; a look-up costs the same whatever the secret
+ * Never: logs or keeps a secret: digests only, and the file's bytes are wiped once read
+ * ============================================================================================================= */
+
+static size_t
+keys_half_size(uint64_t capacity, uint64_t slots)
+{
+	return (size_t)(capacity * (sizeof(struct key_row) + KEY_NAME_MAX) + slots * sizeof(uint32_t));
+}
+
+static size_t
+keys_map_size(uint64_t capacity, uint64_t slots)
+{
+	return sizeof(struct keys_map) + 2 * keys_half_size(capacity, slots);
+}
+
+static uint64_t
+keys_slots(uint64_t rows)
+{
+	uint64_t slots = 64;
+
+	while (slots < 2 * rows)
+		slots *= 2;
+	return slots;
+}
+
+static struct key_row *
+keys_rows(const struct keys_map *map, unsigned half)
+{
+	return (struct key_row *)((char *)map + sizeof *map + half * keys_half_size(map->capacity, map->slots));
+}
+
+static uint32_t *
+keys_index(const struct keys_map *map, unsigned half)
+{
+	return (uint32_t *)(keys_rows(map, half) + map->capacity);
+}
+
+static char *
+keys_text(const struct keys_map *map, unsigned half)
+{
+	return (char *)(keys_index(map, half) + map->slots);
+}
+
+/* First index slot to look at for a digest. */
+static uint32_t
+keys_slot(const struct keys_map *map, const unsigned char digest[32], uint32_t mask)
+{
+	uint64_t word;
+
+	memcpy(&word, digest, sizeof word);
+	return (uint32_t)(word * map->salt >> 32) & mask;
+}
+
+/* Looks in one half. The half may be rewritten meanwhile, so that nothing in it is believed without a bound. */
+static bool
+keys_find_in(const struct keys_map *map, unsigned half, const unsigned char digest[32], struct key *key)
+{
+	const struct key_row *rows = keys_rows(map, half);
+	const uint32_t *index = keys_index(map, half);
+	uint32_t mask = map->half[half].mask;
+
+	if (mask >= map->slots)
+		return false;
+	uint32_t slot = keys_slot(map, digest, mask);
+	for (uint32_t probes = 0; probes <= mask; probes++, slot = (slot + 1) & mask) {
+		uint32_t number = index[slot];
+		if (number == 0 || number > map->capacity)
+			return false;
+		struct key_row row = rows[number - 1];
+		if (!equal_constant_time(row.digest, digest, sizeof row.digest))
+			continue;
+		if (row.name_len > KEY_NAME_MAX || row.name_at > (uint64_t)map->capacity * KEY_NAME_MAX - row.name_len)
+			return false;
+		memcpy(key->name, keys_text(map, half) + row.name_at, row.name_len);
+		key->name[row.name_len] = '\0';
+		key->flags = row.flags;
+		return true;
+	}
+	return false;
+}
+
+/* Finds a key by its digest, in the half that holds from beginning to end of the look. */
+static bool
+keys_find(const struct keys_map *map, const unsigned char digest[32], struct key *key)
+{
+	for (;;) {
+		uint64_t generation = atomic_load_explicit(&map->generation, memory_order_acquire);
+		bool found = keys_find_in(map, generation & 1, digest, key);
+		atomic_thread_fence(memory_order_acquire);
+		if (atomic_load_explicit(&map->generation, memory_order_relaxed) == generation)
+			return found;
+	}
+}
+
+/* Bad lines, as they are named on stderr. */
+struct complaints {
+	FILE *to;                    /* NULL: only counted */
+	const char *file;
+	uint64_t n;
+};
+
+__attribute__((format(printf, 3, 4))) static void
+complain(struct complaints *c, uint64_t line, const char *format, ...)
+{
+	va_list rest;
+
+	if (++c->n > KEYS_ERRORS_SHOWN || c->to == NULL)
+		return;
+	if (line > 0)
+		fprintf(c->to, "%s:%llu: ", c->file, (unsigned long long)line);
+	else
+		fprintf(c->to, "%s: ", c->file);
+	va_start(rest, format);
+	vfprintf(c->to, format, rest);
+	va_end(rest);
+	fputc('\n', c->to);
+}
+
+static void
+complaints_end(const struct complaints *c)
+{
+	if (c->to != NULL && c->n > KEYS_ERRORS_SHOWN)
+		fprintf(c->to, "%s: and %llu more errors\n", c->file, (unsigned long long)(c->n - KEYS_ERRORS_SHOWN));
+}
+
+/* The next field of a line; a field that starts with `#` ends the line. */
+static struct slice
+line_field(struct slice *line)
+{
+	while (line->n > 0 && (line->p[0] == ' ' || line->p[0] == '\t'))
+		*line = slice_from(*line, 1);
+	if (line->n > 0 && line->p[0] == '#')
+		*line = slice_from(*line, line->n);
+	struct slice field = {line->p, 0};
+	while (field.n < line->n && line->p[field.n] != ' ' && line->p[field.n] != '\t')
+		field.n++;
+	*line = slice_from(*line, field.n);
+	return field;
+}
+
+/* The next line, without its end. */
+static struct slice
+text_line(struct slice *text)
+{
+	const char *end = memchr(text->p, '\n', text->n);
+	struct slice line = {text->p, end != NULL ? (size_t)(end - text->p) : text->n};
+
+	*text = slice_from(*text, line.n + (end != NULL));
+	if (line.n > 0 && line.p[line.n - 1] == '\r')
+		line.n--;
+	return line;
+}
+
+static bool
+key_name_good(struct slice name)
+{
+	for (size_t i = 0; i < name.n; i++)
+		if (!is_digit(name.p[i]) && !(ascii_lower(name.p[i]) >= 'a' && ascii_lower(name.p[i]) <= 'z') &&
+		    memchr("._@-", name.p[i], 4) == NULL)
+			return false;
+	return name.n >= 1 && name.n <= KEY_NAME_MAX;
+}
+
+/* One attribute. The place where rates, expiry, addresses and roles will be read. */
+static bool
+key_attribute(struct slice attribute, struct key_row *row, struct mistake *m)
+{
+	if (slice_equal(attribute, S("off"))) {
+		row->flags |= KEY_OFF;
+		return true;
+	}
+	return mistake_is(m, "'%.*s' is not an attribute of this version, which knows: off; remove it",
+	    (int)(attribute.n < 64 ? attribute.n : 64), attribute.p);
+}
+
+/* Fills `row` and `name` from one line that is neither blank nor a comment. */
+static bool
+key_line(struct slice line, struct key_row *row, struct slice *name, struct mistake *m)
+{
+	struct slice field;
+
+	*row = (struct key_row){.flags = 0};
+	*name = line_field(&line);
+	if (slice_equal(*name, S("*")))
+		return mistake_is(m, "defaults for all keys ('*') are not known to this version; remove the line");
+	if (!key_name_good(*name))
+		return mistake_is(m, "a name must be 1 to %d of the characters A-Z a-z 0-9 . _ @ -; rename the key", KEY_NAME_MAX);
+	field = line_field(&line);
+	if (field.n == 0)
+		return mistake_is(m, "the key '%.*s' has no secret; write NAME SECRET", (int)name->n, name->p);
+	if (!secret_read(field, row->digest, m))
+		return false;
+	while ((field = line_field(&line)).n > 0)
+		if (!key_attribute(field, row, m))
+			return false;
+	row->name_len = (uint8_t)name->n;
+	return true;
+}
+
+/* Where a name stands, or would stand, in the index of names that lives while a file is read. */
+static uint32_t *
+names_slot(const struct keys_map *map, unsigned half, uint32_t *names, struct slice name)
+{
+	uint32_t mask = map->half[half].mask, slot;
+	uint64_t hash = map->salt;
+
+	for (size_t i = 0; i < name.n; i++)
+		hash = (hash ^ (unsigned char)name.p[i]) * 0x100000001b3ull;
+	for (slot = (uint32_t)(hash >> 32) & mask; names[slot] != 0; slot = (slot + 1) & mask) {
+		const struct key_row *row = &keys_rows(map, half)[names[slot] - 1];
+		if (slice_equal((struct slice){keys_text(map, half) + row->name_at, row->name_len}, name))
+			break;
+	}
+	return &names[slot];
+}
+
+/* Adds a key to the half that is being written. */
+static bool
+keys_insert(struct keys_map *map, unsigned half, uint32_t *names, struct key_row row, struct slice name, struct mistake *m)
+{
+	struct keys_half *h = &map->half[half];
+	struct key_row *rows = keys_rows(map, half);
+	uint32_t *index = keys_index(map, half), slot;
+	uint32_t *named = names_slot(map, half, names, name);
+
+	if (*named != 0)
+		return mistake_is(m, "the name '%.*s' is used twice; rename one of them", (int)name.n, name.p);
+	for (slot = keys_slot(map, row.digest, h->mask); index[slot] != 0; slot = (slot + 1) & h->mask) {
+		const struct key_row *other = &rows[index[slot] - 1];
+		if (equal_constant_time(other->digest, row.digest, 32))
+			return mistake_is(m, "'%.*s' has the same secret as '%.*s'; give it another", (int)name.n, name.p,
+			    (int)other->name_len, keys_text(map, half) + other->name_at);
+	}
+	row.name_at = h->text;
+	memcpy(keys_text(map, half) + h->text, name.p, name.n);
+	h->text += (uint32_t)name.n;
+	rows[h->count++] = row;
+	index[slot] = *named = h->count;
+	return true;
+}
+
+/* Lines that hold something: an upper bound for the keys of a file. */
+static uint64_t
+keys_count(struct slice text)
+{
+	uint64_t n = 0;
+
+	while (text.n > 0) {
+		struct slice line = text_line(&text);
+		n += line_field(&line).n > 0;
+	}
+	return n;
+}
+
+/* Reads a file's text into the half that is not published. False: there were complaints, and nothing may be published.
+ * The mapping must have room for keys_count(text) + 1 keys. */
+static bool
+keys_parse(struct keys_map *map, struct slice text, const struct config *cfg, struct complaints *bad)
+{
+	unsigned half = (atomic_load(&map->generation) + 1) & 1;
+	uint64_t slots = keys_slots(keys_count(text) + 1), before = bad->n;
+	struct keys_half *h = &map->half[half];
+	struct mistake m;
+	struct key_row row;
+	struct slice name;
+
+	*h = (struct keys_half){.mask = (uint32_t)slots - 1};
+	memset(keys_index(map, half), 0, slots * sizeof(uint32_t));
+	uint32_t *names = map_new(slots * sizeof *names, MAP_PRIVATE);
+	if (cfg->env_key) {
+		row = (struct key_row){.name_len = 3};
+		memcpy(row.digest, cfg->env_digest, sizeof row.digest);
+		keys_insert(map, half, names, row, S("env"), &m);
+	}
+	for (uint64_t number = 1; text.n > 0; number++) {
+		struct slice line = text_line(&text), peek = line;
+		if (line_field(&peek).n == 0)
+			continue;
+		if (!key_line(line, &row, &name, &m) || !keys_insert(map, half, names, row, name, &m))
+			complain(bad, number, "%s", m.text);
+	}
+	munmap(names, slots * sizeof *names);
+	if (h->count == 0 && bad->n == before)
+		complain(bad, 0, "holds no key; make one with 'tinyauth key add NAME'");
+	return bad->n == before;
+}
+
+/* Makes the half that was just written the one that holds. Readers of the other one notice and look again. */
+static void
+keys_flip(struct keys_map *map)
+{
+	atomic_thread_fence(memory_order_release);
+	atomic_fetch_add_explicit(&map->generation, 1, memory_order_acq_rel);
+}
+
+/* A file's bytes in a mapping of its own; keys_unread() wipes and unmaps it. */
+struct keys_file {
+	char *p;
+	size_t n, mapped;
+	struct stat st;
+};
+
+static void
+keys_unread(struct keys_file *f)
+{
+	if (f->p == NULL)
+		return;
+	wipe(f->p, f->n);
+	munmap(f->p, f->mapped);
+	f->p = NULL;
+}
+
+static bool
+keys_read(const char *path, struct keys_file *f, struct complaints *bad)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+	ssize_t n = 0;
+
+	*f = (struct keys_file){.mapped = KEYS_FILE_MAX};
+	if (fd < 0 || fstat(fd, &f->st) != 0) {
+		complain(bad, 0, "cannot be read: %s; make it with 'tinyauth key add NAME', or name another with --keys",
+		    strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		return false;
+	}
+	if (S_ISREG(f->st.st_mode) && f->st.st_size < KEYS_FILE_MAX)
+		f->mapped = (size_t)f->st.st_size + 1;
+	f->p = map_new(f->mapped, MAP_PRIVATE);
+	while (f->n < f->mapped && (n = read(fd, f->p + f->n, f->mapped - f->n)) > 0)
+		f->n += (size_t)n;
+	if (n < 0)
+		complain(bad, 0, "cannot be read: %s", strerror(errno));
+	else if (f->n == f->mapped)
+		complain(bad, 0, "%s", f->n < KEYS_FILE_MAX ? "grew while it was read; try again" : "is larger than 512 MB");
+	close(fd);
+	if (n == 0)
+		return true;
+	keys_unread(f);
+	return false;
+}
+
+/* True when somebody else may read plain secrets. */
+static bool
+keys_exposed(const struct keys_file *f)
+{
+	struct slice text = {f->p, f->n};
+
+	if ((f->st.st_mode & S_IROTH) == 0)
+		return false;
+	while (text.n > 0) {
+		struct slice line = text_line(&text), name = line_field(&line), secret = line_field(&line);
+		if (name.n > 0 && secret.n > 0 && !slice_starts_like(secret, S("sha256:")))
+			return true;
+	}
+	return false;
+}
+
+/* A fresh key table with room for at least `rows` keys; *fd is its memfd, or -1 when it is anonymous. */
+static struct keys_map *
+keys_new(uint64_t rows, size_t *size, int *fd)
+{
+	uint64_t capacity = rows > KEYS_MIN ? rows : KEYS_MIN, slots = keys_slots(capacity);
+	struct keys_map *map;
+
+	*size = keys_map_size(capacity, slots);
+	*fd = memfd_create("tinyauth-keys", MFD_CLOEXEC);
+	if (*fd >= 0 && ftruncate(*fd, (off_t)*size) == 0)
+		map = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+	else
+		map = map_new(*size, MAP_SHARED);
+	if (map == MAP_FAILED)
+		die(EXIT_FAILURE, "cannot map %zu bytes for keys: %s", *size, strerror(errno));
+	map->capacity = (uint32_t)capacity;
+	map->slots = (uint32_t)slots;
+	random_fill(&map->salt, sizeof map->salt);
+	map->salt |= 1;
+	map->magic = KEYS_MAGIC;
+	return map;
+}
+
+/* ============================================================================================================= *
+ * TABLE
+ * Owns: the shared mapping of rates; later in-flight counts and usage
+ * Calls: BASICS
+ * Promises: a process killed anywhere leaves it usable; an address is limited across all workers
+ * Never: takes a lock
+ * ============================================================================================================= */
+
+static struct table *
+table_new(int *fd)
+{
+	struct table *t;
+
+	*fd = memfd_create("tinyauth-table", MFD_CLOEXEC);
+	if (*fd >= 0 && ftruncate(*fd, sizeof *t) == 0)
+		t = mmap(NULL, sizeof *t, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+	else
+		t = map_new(sizeof *t, MAP_SHARED);
+	if (t == MAP_FAILED)
+		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
+	random_fill(t->seed, sizeof t->seed);
+	t->size = sizeof *t;
+	t->magic = TABLE_MAGIC;
+	return t;
+}
+
+/* Identity of a client address: IPv4 whole, IPv6 by its /64, all peers of a unix socket one. Never 0. */
+static uint64_t
+table_address_id(const struct table *t, const struct sockaddr_storage *ss)
+{
+	uint64_t word[2] = {0, 0};
+
+	if (ss->ss_family == AF_INET) {
+		word[0] = 4;
+		word[1] = ((const struct sockaddr_in *)ss)->sin_addr.s_addr;
+	} else if (ss->ss_family == AF_INET6) {
+		const struct in6_addr *a = &((const struct sockaddr_in6 *)ss)->sin6_addr;
+		uint32_t v4;
+		word[0] = 6;
+		memcpy(&word[1], a, sizeof word[1]);
+		if (IN6_IS_ADDR_V4MAPPED(a)) {
+			memcpy(&v4, a->s6_addr + 12, sizeof v4);
+			word[0] = 4;
+			word[1] = v4;
+		}
+	}
+	return hash_keyed(t->seed, word) | 1;
+}
+
+/* The slot of an identity: its own, or a free one, or the one whose time lies furthest back. */
+static struct rate_slot *
+table_slot(struct rate_slot *set, uint64_t id)
+{
+	for (;;) {
+		struct rate_slot *oldest = &set[0];
+		for (size_t i = 0; i < RATE_WAYS; i++) {
+			if (atomic_load_explicit(&set[i].id, memory_order_relaxed) == id)
+				return &set[i];
+			if (atomic_load_explicit(&set[i].tat_ns, memory_order_relaxed) <
+			    atomic_load_explicit(&oldest->tat_ns, memory_order_relaxed))
+				oldest = &set[i];
+		}
+		uint64_t evicted = atomic_load_explicit(&oldest->id, memory_order_relaxed);
+		if (!atomic_compare_exchange_strong(&oldest->id, &evicted, id))
+			continue;
+		/* Of two processes that bring in the same address at once, one may get a second slot: it ages out. */
+		atomic_store_explicit(&oldest->tat_ns, 0, memory_order_relaxed);
+		return oldest;
+	}
+}
+
+/* GCRA: takes one request from an identity's allowance. 0, or how many ns until the next one passes. */
+static uint64_t
+table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_ns)
+{
+	uint64_t interval = rate->interval_ns, reach = interval * rate->burst, tat, next;
+
+	if (interval == 0)
+		return 0;
+	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id);
+	tat = atomic_load_explicit(&slot->tat_ns, memory_order_relaxed);
+	do {
+		uint64_t from = tat > now_ns ? tat : now_ns;
+		if (from > now_ns + reach + interval)
+			from = now_ns;      /* from before a restart of the clock: begun anew */
+		if (from - now_ns > reach)
+			return from - now_ns - reach;
+		next = from + interval;
+	} while (!atomic_compare_exchange_weak_explicit(&slot->tat_ns, &tat, next, memory_order_relaxed, memory_order_relaxed));
+	return 0;
+}
+
+/* ============================================================================================================= *
+ * HTTP
+ * Owns: head parser, head rewriter, body framing, error bodies. Numbers such as [r8] are the rules of the manual's
+ *       list "what is taken and what is refused"
+ * Calls: BASICS
+ * Promises: pure functions over the bytes they are given; what two parsers could read differently is refused at the
+ *           first byte that shows it; whole input and the same input byte by byte end alike
+ * Never: sees a descriptor, a clock or a key
+ * ============================================================================================================= */
+
+enum { C_TOKEN = 1, C_VALUE = 2, C_TARGET = 4, C_HOST = 8, C_UPPER = 16 };
+
+/* What a byte may be part of: a token [RFC 9110 5.6.2], a field value [5.5], a target, a reg-name [RFC 3986 3.2.2], a
+ * method as we take it. */
+static const uint8_t CLASS[256] = {
+	['\t'] = C_VALUE, [' '] = C_VALUE,
+	['!'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST, ['"'] = C_VALUE | C_TARGET,
+	['#'] = C_TOKEN | C_VALUE, ['$'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST,
+	['%'] = C_TOKEN | C_VALUE | C_TARGET, ['&' ... '\''] = C_TOKEN | C_VALUE | C_TARGET | C_HOST,
+	['(' ... ')'] = C_VALUE | C_TARGET | C_HOST, ['*' ... '+'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST,
+	[','] = C_VALUE | C_TARGET, ['-'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST | C_UPPER,
+	['.'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST, ['/'] = C_VALUE | C_TARGET,
+	['0' ... '9'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST, [':'] = C_VALUE | C_TARGET,
+	[';'] = C_VALUE | C_TARGET | C_HOST, ['<'] = C_VALUE | C_TARGET, ['='] = C_VALUE | C_TARGET | C_HOST,
+	['>' ... '@'] = C_VALUE | C_TARGET, ['A' ... 'Z'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST | C_UPPER,
+	['[' ... ']'] = C_VALUE | C_TARGET, ['^'] = C_TOKEN | C_VALUE | C_TARGET,
+	['_'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST, ['`'] = C_TOKEN | C_VALUE | C_TARGET,
+	['a' ... 'z'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST, ['{'] = C_VALUE | C_TARGET,
+	['|'] = C_TOKEN | C_VALUE | C_TARGET, ['}'] = C_VALUE | C_TARGET,
+	['~'] = C_TOKEN | C_VALUE | C_TARGET | C_HOST, [0x80 ... 0xff] = C_VALUE,
+};
+
+static bool
+is_class(char c, int class)
+{
+	return (CLASS[(unsigned char)c] & class) != 0;
+}
+
+/* Names that mean something to us; those that end in `-` are prefixes. */
+static const struct field_name {
+	struct slice name;
+	enum field_id id;
+} FIELD_NAMES[] = {
+	{{"host", 4}, F_HOST}, {{"connection", 10}, F_CONNECTION}, {{"content-length", 14}, F_CONTENT_LENGTH},
+	{{"transfer-encoding", 17}, F_TRANSFER_ENCODING}, {{"authorization", 13}, F_AUTHORIZATION},
+	{{"x-api-key", 9}, F_X_API_KEY}, {{"api-key", 7}, F_API_KEY}, {{"expect", 6}, F_EXPECT},
+	{{"upgrade", 7}, F_UPGRADE}, {{"te", 2}, F_TE}, {{"x-request-id", 12}, F_X_REQUEST_ID},
+	{{"keep-alive", 10}, F_HOP}, {{"proxy-", 6}, F_HOP}, {{"http2-settings", 14}, F_HOP}, {{"trailer", 7}, F_HOP},
+	{{"x-forwarded-", 12}, F_FORWARDED}, {{"forwarded", 9}, F_FORWARDED}, {{"x-real-ip", 9}, F_FORWARDED},
+	{{"x-client-ip", 11}, F_FORWARDED}, {{"true-client-ip", 14}, F_FORWARDED},
+	{{"x-cluster-client-ip", 19}, F_FORWARDED},
+};
+
+static enum field_id
+field_identify(struct slice name)
+{
+	for (size_t i = 0; i < LENGTH(FIELD_NAMES); i++) {
+		struct slice known = FIELD_NAMES[i].name;
+		if (known.p[0] != ascii_lower(name.p[0]))
+			continue;
+		if (known.p[known.n - 1] == '-' ? slice_starts_like(name, known) : slice_like(name, known))
+			return FIELD_NAMES[i].id;
+	}
+	return memchr(name.p, '_', name.n) != NULL ? F_UNDERSCORE : F_OTHER;
+}
+
+/* A parser's result: bytes taken (> 0), MORE, or a negative HTTP status with `why` set. */
+enum { MORE = 0 };
+
+static int
+head_bad(struct head *h, int status, const char *why)
+{
+	h->why = why;
+	return -status;
+}
+
+/* Where a parser stands in its input. */
+struct cursor {
+	const char *p, *end;
+};
+
+/* CR LF, or a start of it. [r2] */
+static int
+head_line_end(struct head *h, struct cursor *c)
+{
+	if (c->p == c->end)
+		return MORE;
+	if (c->p[0] != '\r')
+		return head_bad(h, 400, "a line of the head does not end with CR LF");
+	if (c->p + 1 == c->end)
+		return MORE;
+	if (c->p[1] != '\n')
+		return head_bad(h, 400, "a CR in the head has no LF behind it");
+	c->p += 2;
+	return 1;
+}
+
+/* [r3] */
+static int
+head_method(struct head *h, struct cursor *c)
+{
+	const char *from = c->p;
+
+	for (; c->p < c->end && *c->p != ' '; c->p++) {
+		if (!is_class(*c->p, C_TOKEN))
+			return head_bad(h, 400, "the method holds a byte that no method has");
+		if (!is_class(*c->p, C_UPPER) || c->p - from == METHOD_MAX)
+			return head_bad(h, 501, "the method is not known: methods are up to 32 of A-Z and -");
+	}
+	if (c->p == c->end)
+		return MORE;
+	h->method = (struct slice){from, (size_t)(c->p - from)};
+	if (h->method.n == 0)
+		return head_bad(h, 400, "the request line has no method");
+	if (slice_equal(h->method, S("CONNECT")) || slice_equal(h->method, S("TRACE")) || slice_equal(h->method, S("TRACK")))
+		return head_bad(h, 405, "CONNECT, TRACE and TRACK are not served");
+	c->p++;
+	return 1;
+}
+
+/* A port: up to five digits, at most 65535. */
+static bool
+port_good(struct slice port)
+{
+	uint64_t n = 0;
+
+	return port.n == 0 || (port.n <= 5 && number_read(port, &n) && n <= 65535);
+}
+
+/* `[` IPv6 `]` without a zone. */
+static bool
+host_literal_good(struct slice literal)
+{
+	char text[INET6_ADDRSTRLEN];
+	struct in6_addr a;
+
+	if (literal.n < 4 || literal.n - 2 >= sizeof text || literal.p[literal.n - 1] != ']')
+		return false;
+	memcpy(text, literal.p + 1, literal.n - 2);
+	text[literal.n - 2] = '\0';
+	return memchr(text, '\0', literal.n - 2) == NULL && inet_pton(AF_INET6, text, &a) == 1;
+}
+
+/* Host, or an absolute target's authority: reg-name or [IPv6], and a port. [r10] */
+static bool
+host_good(struct slice host)
+{
+	const char *colon = host.n > 0 && host.p[0] == '[' ? memchr(host.p, ']', host.n) : host.p - 1;
+	size_t n;
+
+	if (host.n == 0 || colon == NULL)
+		return false;
+	colon = memchr(colon + 1, ':', host.n - (size_t)(colon + 1 - host.p));
+	n = colon == NULL ? host.n : (size_t)(colon - host.p);
+	if (colon != NULL && !port_good(slice_from(host, n + 1)))
+		return false;
+	if (host.p[0] == '[')
+		return host_literal_good((struct slice){host.p, n});
+	for (size_t i = 0; i < n; i++) {
+		if (host.p[i] == '%') {
+			if (n - i < 3 || hex_value(host.p[i + 1]) < 0 || hex_value(host.p[i + 2]) < 0)
+				return false;
+			i += 2;
+		} else if (!is_class(host.p[i], C_HOST))
+			return false;
+	}
+	return n > 0;
+}
+
+/* The byte of a path at `i`, percent-decoded once; `*used` says how many bytes it took. */
+static unsigned char
+path_byte(struct slice path, size_t i, size_t *used)
+{
+	*used = 1;
+	if (path.p[i] != '%' || path.n - i < 3)
+		return (unsigned char)path.p[i];
+	*used = 3;
+	return (unsigned char)(hex_value(path.p[i + 1]) << 4 | hex_value(path.p[i + 2]));
+}
+
+/* Does the decoded path equal `rule`, or begin with it when that ends in `*`? An odd path matches nothing. [r6] */
+static bool
+path_matches(const struct head *h, struct slice rule)
+{
+	size_t at = 0, used;
+
+	if (h->path_odd)
+		return false;
+	for (size_t i = 0; i < rule.n; i++, at += used) {
+		if (rule.p[i] == '*' && i + 1 == rule.n)
+			return true;
+		if (at == h->path.n || path_byte(h->path, at, &used) != (unsigned char)rule.p[i])
+			return false;
+	}
+	return at == h->path.n;
+}
+
+/* Does the decoded path hold what servers normalise, each in its own way: `.` and `..` segments, `//`, `;`, encoded
+ * slashes? [r6] */
+static bool
+path_is_odd(struct slice path)
+{
+	size_t segment = 0, dots = 0, used;
+
+	for (size_t i = 0; i < path.n; i += used) {
+		unsigned char c = path_byte(path, i, &used);
+		if (c == ';' || (used == 3 && (c == '/' || c == '\\')))
+			return true;
+		if (c != '/') {
+			segment++;
+			dots += c == '.';
+			continue;
+		}
+		if (i > 0 && (segment == 0 || (segment == dots && dots <= 2)))
+			return true;
+		segment = dots = 0;
+	}
+	return segment > 0 && segment == dots && dots <= 2;
+}
+
+/* A percent sign in a path: two hex digits, not of a control byte. 1, MORE, or the negative status. [r6] */
+static int
+head_percent(struct head *h, const char *p, const char *end)
+{
+	if (end - p > 1 && hex_value(p[1]) < 0)
+		return head_bad(h, 400, "a % in the path is not followed by two hex digits");
+	if (end - p < 3)
+		return MORE;
+	if (hex_value(p[2]) < 0)
+		return head_bad(h, 400, "a % in the path is not followed by two hex digits");
+	int byte = hex_value(p[1]) << 4 | hex_value(p[2]);
+	if (byte < 0x20 || byte == 0x7f)
+		return head_bad(h, 400, "the path holds an encoded control byte");
+	return 1;
+}
+
+/* Bytes of an absolute-form target that stand before its path; 0: it is none. */
+static size_t
+target_scheme(struct slice target)
+{
+	if (slice_starts_like(target, S("http://")))
+		return 7;
+	return slice_starts_like(target, S("https://")) ? 8 : 0;
+}
+
+/* Could the target, as far as it is known, still become an absolute form? */
+static bool
+target_scheme_begins(struct slice target)
+{
+	static const struct slice SCHEME = {"https://", 8};
+	size_t n = target.n < SCHEME.n ? target.n : SCHEME.n;
+
+	if (target_scheme(target) > 0)
+		return true;
+	return slice_like((struct slice){target.p, n}, (struct slice){SCHEME.p, n}) ||
+	       slice_like((struct slice){target.p, n < 7 ? n : 7}, (struct slice){"http://", n < 7 ? n : 7});
+}
+
+/* Takes scheme and authority off an absolute-form target; the authority is the host from now on. [r5] */
+static int
+head_authority(struct head *h, size_t scheme)
+{
+	struct slice rest = slice_from(h->target, scheme);
+	size_t n = 0;
+
+	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
+		n++;
+	h->host = (struct slice){rest.p, n};
+	if (!host_good(h->host))
+		return head_bad(h, 400, "the target's authority is not HOST or HOST:PORT");
+	h->target = slice_from(rest, n);
+	h->slash_missing = h->target.n == 0 || h->target.p[0] == '?';
+	return 1;
+}
+
+/* The bytes of a target up to its blank; `path` is what stands before `?`. */
+static int
+head_target_bytes(struct head *h, struct cursor *c)
+{
+	const char *from = c->p, *query = NULL;
+
+	for (; c->p < c->end && *c->p != ' '; c->p++) {
+		if (!is_class(*c->p, C_TARGET))
+			return head_bad(h, 400, "the target holds a byte that no target has");
+		if (c->p - from == TARGET_MAX)
+			return head_bad(h, 414, "the target is longer than 8192 bytes");
+		if (*c->p == '?' && query == NULL)
+			query = c->p;
+		if (query == NULL && *c->p == '\\')
+			return head_bad(h, 400, "the path holds a backslash");
+		int good = query == NULL && *c->p == '%' ? head_percent(h, c->p, c->end) : 1;
+		if (good < 0)
+			return good;
+	}
+	h->target = (struct slice){from, (size_t)(c->p - from)};
+	return c->p == c->end ? MORE : 1;
+}
+
+/* origin-form, absolute-form, or `*` with OPTIONS; HTTP/2's preface gets as far as its version. [r5] */
+static int
+head_target(struct head *h, struct cursor *c)
+{
+	const char *from = c->p;
+	int good = head_target_bytes(h, c);
+
+	if (good < 0 || c->p == from)
+		return good == 1 ? head_bad(h, 400, "the request line has no target") : good;
+	bool star = *from == '*' && h->target.n == 1 &&
+	            (slice_equal(h->method, S("OPTIONS")) || slice_equal(h->method, S("PRI")));
+	if (*from != '/' && !star && !target_scheme_begins(h->target))
+		return head_bad(h, 400, "the target is neither a path nor an http URL");
+	if (good == MORE)
+		return MORE;
+	size_t scheme = target_scheme(h->target);
+	if (*from != '/' && !star && scheme == 0)
+		return head_bad(h, 400, "the target is neither a path nor an http URL");
+	if (scheme > 0 && (good = head_authority(h, scheme)) < 0)
+		return good;
+	const char *query = memchr(h->target.p, '?', h->target.n);
+	h->path = query == NULL ? h->target : (struct slice){h->target.p, (size_t)(query - h->target.p)};
+	if (h->slash_missing)
+		h->path = S("/");
+	h->path_odd = path_is_odd(h->path);
+	c->p++;
+	return 1;
+}
+
+/* `HTTP/1.0` or `HTTP/1.1`. [r4] */
+static int
+head_version(struct head *h, struct cursor *c)
+{
+	static const char START[] = "HTTP/";
+
+	for (size_t i = 0; i < 8; i++) {
+		if (c->p + i == c->end)
+			return MORE;
+		char byte = c->p[i];
+		if (i < 5 ? byte != START[i] : i == 6 ? byte != '.' : !is_digit(byte))
+			return head_bad(h, 400, "the HTTP version is not HTTP/1.1 or HTTP/1.0");
+		if (i == 5 && byte != '1')
+			return head_bad(h, 505, "this version of HTTP is not spoken here: use HTTP/1.1");
+		if (i == 7 && byte > '1')
+			return head_bad(h, 400, "the HTTP version is not HTTP/1.1 or HTTP/1.0");
+	}
+	h->minor = (uint8_t)(c->p[7] - '0');
+	c->p += 8;
+	return 1;
+}
+
+static int
+head_request_line(struct head *h, struct cursor *c)
+{
+	int good;
+
+	if ((good = head_method(h, c)) <= 0 || (good = head_target(h, c)) <= 0 || (good = head_version(h, c)) <= 0)
+		return good;
+	if (slice_equal(h->method, S("PRI")) && slice_equal(h->target, S("*")))
+		return head_bad(h, 400, "a target of * goes with OPTIONS only");
+	return head_line_end(h, c);
+}
+
+/* The status line; the reason and the blank before it may be missing. [r23] */
+static int
+head_status_line(struct head *h, struct cursor *c)
+{
+	const char *from;
+	int good = head_version(h, c);
+
+	if (good <= 0)
+		return good;
+	if (c->end - c->p < 4)
+		return MORE;
+	if (c->p[0] != ' ' || c->p[1] < '1' || c->p[1] > '9' || !is_digit(c->p[2]) || !is_digit(c->p[3]))
+		return head_bad(h, 502, "the status is not a number of three digits");
+	h->status = (c->p[1] - '0') * 100 + (c->p[2] - '0') * 10 + (c->p[3] - '0');
+	c->p += 4;
+	if (c->p < c->end && *c->p != ' ')
+		return head_line_end(h, c);
+	if (c->p < c->end)
+		c->p++;
+	for (from = c->p; c->p < c->end && is_class(*c->p, C_VALUE); c->p++)
+		continue;
+	h->reason = (struct slice){from, (size_t)(c->p - from)};
+	return head_line_end(h, c);
+}
+
+/* `name ":" OWS value OWS CRLF`. [r8, r9] */
+static int
+head_field_line(struct head *h, struct cursor *c, struct field *f)
+{
+	const char *from = c->p, *to;
+
+	if (*c->p == ' ' || *c->p == '\t')
+		return head_bad(h, 400, "a line of the head begins with a blank");
+	while (c->p < c->end && is_class(*c->p, C_TOKEN))
+		c->p++;
+	if (c->p == c->end)
+		return MORE;
+	if (*c->p != ':' || c->p == from)
+		return head_bad(h, 400, "a field's name is empty or holds a byte that no name has");
+	f->name = (struct slice){from, (size_t)(c->p - from)};
+	for (c->p++; c->p < c->end && (*c->p == ' ' || *c->p == '\t'); c->p++)
+		continue;
+	for (from = c->p; c->p < c->end && is_class(*c->p, C_VALUE); c->p++)
+		continue;
+	for (to = c->p; to > from && (to[-1] == ' ' || to[-1] == '\t'); to--)
+		continue;
+	f->value = (struct slice){from, (size_t)(to - from)};
+	if (c->p < c->end && *c->p != '\r')
+		return head_bad(h, 400, "a field's value holds a control byte, or a line ends without CR");
+	return head_line_end(h, c);
+}
+
+/* The next member of a comma-separated list without the blanks around it; false at the end. */
+static bool
+list_next(struct slice *list, struct slice *member)
+{
+	if (list->n == 0)
+		return false;
+	const char *comma = memchr(list->p, ',', list->n);
+	*member = (struct slice){list->p, comma == NULL ? list->n : (size_t)(comma - list->p)};
+	*list = slice_from(*list, member->n + (comma != NULL));
+	while (member->n > 0 && (member->p[0] == ' ' || member->p[0] == '\t'))
+		*member = slice_from(*member, 1);
+	while (member->n > 0 && (member->p[member->n - 1] == ' ' || member->p[member->n - 1] == '\t'))
+		member->n--;
+	return true;
+}
+
+static bool
+is_token(struct slice s)
+{
+	for (size_t i = 0; i < s.n; i++)
+		if (!is_class(s.p[i], C_TOKEN))
+			return false;
+	return s.n > 0;
+}
+
+/* [r15] */
+static int
+field_connection(struct head *h, struct slice value)
+{
+	struct slice option;
+
+	while (list_next(&value, &option)) {
+		if (option.n == 0)
+			continue;
+		if (!is_token(option))
+			return head_bad(h, 400, "Connection holds something that is not a name");
+		if (slice_like(option, S("close")))
+			h->close = true;
+		else if (slice_like(option, S("keep-alive")))
+			h->keep_alive = true;
+		else if (slice_like(option, S("upgrade")))
+			h->option_upgrade = true;
+		else if (h->options == OPTIONS_NAMED_MAX)
+			return head_bad(h, 431, "Connection names more than 32 fields");
+		else
+			h->option[h->options++] = option;
+	}
+	return 1;
+}
+
+/* [r11]; in a response identical repeats are one. [r25] */
+static int
+field_length(struct head *h, struct slice value, bool request)
+{
+	uint64_t n;
+
+	if (!number_read(value, &n))
+		return head_bad(h, 400, "Content-Length is not a number of 1 to 18 digits");
+	if (h->has_length && (request || n != h->length))
+		return head_bad(h, 400, "Content-Length is given twice");
+	if (h->chunked)
+		return head_bad(h, 400, "Content-Length and Transfer-Encoding are given together");
+	h->has_length = true;
+	h->length = n;
+	return 1;
+}
+
+/* [r12] */
+static int
+field_transfer_encoding(struct head *h, struct slice value)
+{
+	static const struct slice CODINGS[] = {{"gzip", 4}, {"x-gzip", 6}, {"deflate", 7}, {"compress", 8}, {"x-compress", 10}};
+	struct slice first = {value.p, 0};
+
+	if (h->minor == 0)
+		return head_bad(h, 400, "Transfer-Encoding is not part of HTTP/1.0");
+	if (h->has_length)
+		return head_bad(h, 400, "Content-Length and Transfer-Encoding are given together");
+	if (h->chunked)
+		return head_bad(h, 400, "Transfer-Encoding is given twice");
+	if (slice_like(value, S("chunked"))) {
+		h->chunked = true;
+		return 1;
+	}
+	for (first.n = 0; first.n < value.n && is_class(value.p[first.n], C_TOKEN); first.n++)
+		continue;
+	for (size_t i = 0; i < LENGTH(CODINGS); i++)
+		if (slice_like(first, CODINGS[i]))
+			return head_bad(h, 501, "Transfer-Encoding: only chunked is spoken here");
+	return head_bad(h, 400, "Transfer-Encoding is not chunked");
+}
+
+/* Keeps a credential; a second one of the same name is refused, empty or not. [r14] */
+static int
+field_credential(struct head *h, bool *has, struct slice *to, struct slice value)
+{
+	if (*has)
+		return head_bad(h, 400, "a field that carries a key is given twice");
+	*has = true;
+	*to = value;
+	return 1;
+}
+
+static int
+field_request(struct head *h, const struct field *f)
+{
+	switch (f->id) {
+	case F_HOST:
+		if (h->has_host)
+			return head_bad(h, 400, "Host is given twice");
+		h->has_host = true;
+		if (!host_good(f->value))
+			return head_bad(h, 400, "Host is not HOST or HOST:PORT");
+		if (h->host.n == 0)
+			h->host = f->value;
+		return 1;
+	case F_CONTENT_LENGTH:
+		return field_length(h, f->value, true);
+	case F_TRANSFER_ENCODING:
+		return field_transfer_encoding(h, f->value);
+	case F_CONNECTION:
+		return field_connection(h, f->value);
+	case F_AUTHORIZATION:
+		return field_credential(h, &h->has_authorization, &h->authorization, f->value);
+	case F_X_API_KEY:
+		return field_credential(h, &h->has_x_api_key, &h->x_api_key, f->value);
+	case F_API_KEY:
+		return field_credential(h, &h->has_api_key, &h->api_key, f->value);
+	case F_EXPECT:
+		if (!slice_like(f->value, S("100-continue")))
+			return head_bad(h, 417, "Expect: only 100-continue can be met");
+		h->expect_continue = true;
+		return 1;
+	case F_UPGRADE:
+		h->upgrade_websocket = slice_like(f->value, S("websocket"));
+		return 1;
+	case F_TE:
+		h->te_trailers = slice_like(f->value, S("trailers"));
+		return 1;
+	case F_X_REQUEST_ID:
+		h->request_id = f->value;
+		return 1;
+	default:
+		return 1;
+	}
+}
+
+static int
+field_response(struct head *h, const struct field *f)
+{
+	switch (f->id) {
+	case F_CONTENT_LENGTH:
+		return field_length(h, f->value, false);
+	case F_TRANSFER_ENCODING:
+		return field_transfer_encoding(h, f->value);
+	case F_CONNECTION:
+		return field_connection(h, f->value);
+	case F_UPGRADE:
+		h->upgrade_websocket = slice_like(f->value, S("websocket"));
+		return 1;
+	default:
+		return 1;
+	}
+}
+
+/* Reads the fields up to the empty line. */
+static int
+head_fields(struct head *h, struct cursor *c, bool request)
+{
+	for (;;) {
+		if (c->p == c->end)
+			return MORE;
+		if (*c->p == '\r')
+			return head_line_end(h, c);
+		struct field f;
+		int good = head_field_line(h, c, &f);
+		if (good <= 0)
+			return good;
+		if (h->fields == FIELDS_MAX)
+			return head_bad(h, 431, "the head has more than 100 fields");
+		f.id = field_identify(f.name);
+		h->field[h->fields++] = f;
+		good = request ? field_request(h, &f) : field_response(h, &f);
+		if (good <= 0)
+			return good;
+	}
+}
+
+/* Everything but the field array, which is as long as `fields` says. */
+static void
+head_clear(struct head *h)
+{
+	memset(h, 0, offsetof(struct head, field));
+	memset((char *)h + offsetof(struct head, authorization), 0, sizeof *h - offsetof(struct head, authorization));
+}
+
+/* A limit that was passed outranks "more": the rest of such a head is not waited for. */
+static int
+head_limit(struct head *h, int good, size_t n, size_t max)
+{
+	return good == MORE && n >= max ? head_bad(h, 431, "the head is longer than its limit") : good;
+}
+
+/* Parses a request head at the start of `in`. Returns the bytes it takes, MORE, or a negative status with h->why. */
+static int
+head_parse(struct head *h, struct slice in)
+{
+	struct cursor c = {in.p, in.p + (in.n < HEAD_MAX ? in.n : HEAD_MAX)};
+	int good;
+
+	head_clear(h);
+	if (c.p < c.end && *c.p == '\r' && (good = head_line_end(h, &c)) <= 0)  /* one empty line is skipped [r1] */
+		return good;
+	if ((good = head_request_line(h, &c)) <= 0 || (good = head_fields(h, &c, true)) <= 0)
+		return head_limit(h, good, in.n, HEAD_MAX);
+	if (!h->has_host && h->minor == 1)
+		return head_bad(h, 400, "Host is missing");
+	return (int)(c.p - in.p);
+}
+
+/* Parses a response head likewise; every refusal is a 502. */
+static int
+answer_parse(struct head *h, struct slice in)
+{
+	struct cursor c = {in.p, in.p + (in.n < ANSWER_HEAD_MAX ? in.n : ANSWER_HEAD_MAX)};
+	int good;
+
+	head_clear(h);
+	if ((good = head_status_line(h, &c)) <= 0 || (good = head_fields(h, &c, false)) <= 0)
+		good = head_limit(h, good, in.n, ANSWER_HEAD_MAX);
+	if (good < 0)
+		return head_bad(h, 502, h->why);
+	return good == MORE ? MORE : (int)(c.p - in.p);
+}
+
+/* Did the request ask for a WebSocket in the one way that is let through? [r16] */
+static bool
+head_upgrades(const struct head *h)
+{
+	return h->upgrade_websocket && h->option_upgrade && h->minor == 1 && slice_equal(h->method, S("GET")) &&
+	       !h->chunked && (!h->has_length || h->length == 0);
+}
+
+/* What remains of the request when its head was taken. [r13] */
+static struct body
+head_body(const struct head *h)
+{
+	struct body b = {.kind = h->chunked ? BODY_CHUNKED : h->length > 0 ? BODY_LENGTH : BODY_NONE, .left = h->length};
+
+	if (h->chunked)
+		b.left = 0;
+	b.done = b.kind == BODY_NONE;
+	return b;
+}
+
+/* ---- bodies -------------------------------------------------------------------------------------------------- */
+
+/* Where a chunked body stands. [r19] */
+enum chunk_state {
+	K_SIZE, K_EXT_NAME_FIRST, K_EXT_NAME, K_EXT_VALUE_FIRST, K_EXT_VALUE, K_EXT_QUOTED, K_EXT_ESCAPED, K_EXT_QUOTED_END,
+	K_SIZE_LF, K_DATA, K_DATA_CR, K_DATA_LF,
+	K_TRAILER_FIRST, K_TRAILER_NAME, K_TRAILER_VALUE, K_TRAILER_LF, K_END_LF
+};
+
+/* Bytes of our own chunk line or end that stand for input which an earlier call took without writing anything: the
+ * output starts so far before the input, and canonical input needs no moving. */
+static size_t
+chunk_owed(const struct body *b)
+{
+	char line[16];
+
+	if (b->form != FORM_SAME)
+		return 0;
+	if (b->state == K_END_LF)
+		return 4;
+	if (b->state >= K_TRAILER_FIRST)
+		return 3;
+	if (b->state >= K_DATA || b->digits == 0)
+		return 0;
+	return hex_write(line, b->left) + (b->state == K_SIZE_LF);
+}
+
+/* One byte of a chunk line: size and extensions. False: it must not be there. */
+static bool
+chunk_line_byte(struct body *b, char c)
+{
+	static const uint8_t QUOTED = K_EXT_QUOTED;
+	int digit;
+
+	if (b->state != K_SIZE && b->state != K_SIZE_LF && (++b->ext > CHUNK_EXT_MAX || ++b->ext_body > CHUNK_EXT_BODY_MAX))
+		return false;
+	switch (b->state) {
+	case K_SIZE:
+		if ((digit = hex_value(c)) >= 0) {
+			b->left = b->left << 4 | (uint64_t)digit;
+			return ++b->digits <= CHUNK_DIGITS_MAX;
+		}
+		b->state = c == ';' ? K_EXT_NAME_FIRST : K_SIZE_LF;
+		return b->digits > 0 && (c == ';' || c == '\r');
+	case K_EXT_NAME_FIRST:
+		b->state = K_EXT_NAME;
+		return is_class(c, C_TOKEN);
+	case K_EXT_VALUE_FIRST:
+		b->state = c == '"' ? QUOTED : K_EXT_VALUE;
+		return c == '"' || is_class(c, C_TOKEN);
+	case K_EXT_QUOTED:
+		b->state = c == '"' ? K_EXT_QUOTED_END : c == '\\' ? K_EXT_ESCAPED : QUOTED;
+		return is_class(c, C_VALUE);
+	case K_EXT_ESCAPED:
+		b->state = QUOTED;
+		return is_class(c, C_VALUE);
+	case K_EXT_NAME:
+	case K_EXT_VALUE:
+		if (is_class(c, C_TOKEN))
+			return true;
+		/* fall through */
+	case K_EXT_QUOTED_END:
+		if (c == '=' && b->state == K_EXT_NAME)
+			b->state = K_EXT_VALUE_FIRST;
+		else
+			b->state = c == ';' ? K_EXT_NAME_FIRST : K_SIZE_LF;
+		return c == '=' ? b->state == K_EXT_VALUE_FIRST : c == ';' || c == '\r';
+	default:
+		return c == '\n';    /* K_SIZE_LF; the caller goes on to the data */
+	}
+}
+
+/* One byte of a trailer section: fields as in a head, then the empty line. [r18] */
+static bool
+chunk_trailer_byte(struct body *b, char c)
+{
+	if (++b->trailer > TRAILER_MAX)
+		return false;
+	switch (b->state) {
+	case K_TRAILER_FIRST:
+		b->state = c == '\r' ? K_END_LF : K_TRAILER_NAME;
+		return c == '\r' || is_class(c, C_TOKEN);
+	case K_TRAILER_NAME:
+		if (c == ':')
+			b->state = K_TRAILER_VALUE;
+		return c == ':' || is_class(c, C_TOKEN);
+	case K_TRAILER_VALUE:
+		if (c == '\r')
+			b->state = K_TRAILER_LF;
+		return c == '\r' || is_class(c, C_VALUE);
+	case K_TRAILER_LF:
+		b->state = K_TRAILER_FIRST;
+		return c == '\n';
+	default:
+		b->done = true;      /* K_END_LF */
+		return c == '\n';
+	}
+}
+
+/* Writes the chunk line that was just read, anew: our digits, no extensions. */
+static char *
+chunk_line_write(struct body *b, char *to)
+{
+	if (b->form == FORM_SAME && b->left > 0) {
+		to += hex_write(to, b->left);
+		*to++ = '\r';
+		*to++ = '\n';
+	}
+	b->state = b->left > 0 ? K_DATA : K_TRAILER_FIRST;
+	b->ext = 0;
+	b->digits = 0;
+	return to;
+}
+
+/* Reads chunks from `in` and writes them, as chunks of our own or bare, in place. */
+static ssize_t
+chunks_run(struct body *b, char *in, size_t n, char **out, size_t *out_n)
+{
+	char *from = in, *end = in + n, *to = in - chunk_owed(b);
+
+	*out = to;
+	while (from < end && !b->done) {
+		if (b->state == K_DATA) {
+			size_t take = (size_t)(end - from) < b->left ? (size_t)(end - from) : (size_t)b->left;
+			if (to != from)
+				memmove(to, from, take);
+			from += take;
+			to += take;
+			b->left -= take;
+			b->state = b->left > 0 ? K_DATA : K_DATA_CR;
+			continue;
+		}
+		char c = *from++;
+		if (b->state == K_DATA_CR || b->state == K_DATA_LF) {
+			if (c != (b->state == K_DATA_CR ? '\r' : '\n'))
+				return -1;
+			b->state = b->state == K_DATA_CR ? K_DATA_LF : K_SIZE;
+			if (b->form == FORM_SAME)
+				*to++ = c;
+		} else if (b->state >= K_TRAILER_FIRST) {
+			if (!chunk_trailer_byte(b, c))
+				return -1;
+		} else {
+			bool line_whole = b->state == K_SIZE_LF;
+			if (!chunk_line_byte(b, c))
+				return -1;
+			if (line_whole)
+				to = chunk_line_write(b, to);
+		}
+	}
+	if (b->done && b->form == FORM_SAME) {
+		memcpy(to, "0\r\n\r\n", 5);
+		to += 5;
+	}
+	*out_n = (size_t)(to - *out);
+	return from - in;
+}
+
+/* Makes one chunk of `n` raw bytes: needs SLACK bytes before them and TAIL behind. */
+static void
+chunk_make(char *in, size_t n, char **out, size_t *out_n)
+{
+	char line[16];
+	size_t digits = hex_write(line, n);
+
+	in[-2] = '\r';
+	in[-1] = '\n';
+	memcpy(in - 2 - digits, line, digits);
+	in[n] = '\r';
+	in[n + 1] = '\n';
+	*out = in - 2 - digits;
+	*out_n = digits + 2 + n + 2;
+}
+
+/* Takes body bytes from `in` and leaves at *out what goes on, in place: SLACK bytes before `in` and TAIL bytes behind its
+ * end are used. Returns how many bytes belong to the body, or -1 when its framing is broken. */
+static ssize_t
+body_run(struct body *b, char *in, size_t n, char **out, size_t *out_n)
+{
+	*out = in;
+	*out_n = 0;
+	if (b->done || n == 0)
+		return 0;
+	if (b->kind == BODY_CHUNKED)
+		return chunks_run(b, in, n, out, out_n);
+	if (b->kind == BODY_LENGTH) {
+		n = n < b->left ? n : (size_t)b->left;
+		b->left -= n;
+		b->done = b->left == 0;
+	}
+	if (b->form == FORM_CHUNKED)
+		chunk_make(in, n, out, out_n);
+	else
+		*out_n = n;
+	return (ssize_t)n;
+}
+
+/* The sender closed. True: that is the body's proper end; *tail is what still has to be said. */
+static bool
+body_end(struct body *b, struct slice *tail)
+{
+	*tail = b->form == FORM_CHUNKED ? S("0\r\n\r\n") : S("");
+	if (b->kind == BODY_CLOSE)
+		b->done = true;
+	return b->done;
+}
+
+/* ---- rewriting ----------------------------------------------------------------------------------------------- */
+
+static void
+put_field(struct out *o, const char *name, struct slice value)
+{
+	out_text(o, name);
+	out_bytes(o, ": ", 2);
+	out_slice(o, value);
+	out_bytes(o, "\r\n", 2);
+}
+
+/* Is this one of the fields that Connection names? [r15] */
+static bool
+head_option_names(const struct head *h, struct slice name)
+{
+	for (unsigned i = 0; i < h->options; i++)
+		if (slice_like(h->option[i], name))
+			return true;
+	return false;
+}
+
+/* What we tell the upstream about the client. */
+struct forward {
+	struct slice host;           /* the upstream's own Host */
+	struct slice addr;           /* the client's address */
+	struct slice proto;          /* http or https */
+	struct slice id;             /* X-Request-Id */
+	bool upgrade;
+};
+
+/* Passed on: what is nobody's business but the model's. Never a credential, never what we set ourselves. */
+static bool
+head_passes(const struct head *h, const struct field *f)
+{
+	return f->id == F_OTHER && !head_option_names(h, f->name);
+}
+
+/* Writes the request head anew for the upstream. [r20] */
+static void
+head_rewrite(const struct head *h, const struct forward *to, struct out *o)
+{
+	out_slice(o, h->method);
+	out_bytes(o, h->slash_missing ? " /" : " ", h->slash_missing ? 2 : 1);
+	out_slice(o, h->target);
+	out_bytes(o, " HTTP/1.1\r\n", 11);
+	put_field(o, "Host", to->host);
+	for (unsigned i = 0; i < h->fields; i++) {
+		const struct field *f = &h->field[i];
+		if (!head_passes(h, f))
+			continue;
+		out_slice(o, f->name);
+		out_bytes(o, ": ", 2);
+		out_slice(o, f->value);
+		out_bytes(o, "\r\n", 2);
+	}
+	if (h->chunked)
+		put_field(o, "Transfer-Encoding", S("chunked"));
+	else if (h->has_length) {
+		out_text(o, "Content-Length: ");
+		out_number(o, h->length);
+		out_bytes(o, "\r\n", 2);
+	}
+	if (h->expect_continue && h->minor == 1)
+		put_field(o, "Expect", S("100-continue"));
+	if (h->te_trailers)
+		put_field(o, "TE", S("trailers"));
+	if (to->upgrade)
+		out_text(o, "Upgrade: websocket\r\nConnection: upgrade\r\n");
+	else if (h->te_trailers)
+		out_text(o, "Connection: TE\r\n");
+	put_field(o, "X-Real-IP", to->addr);
+	put_field(o, "X-Forwarded-For", to->addr);
+	put_field(o, "X-Forwarded-Proto", to->proto);
+	if (h->host.n > 0)
+		put_field(o, "X-Forwarded-Host", h->host);
+	put_field(o, "X-Request-Id", to->id);
+	out_bytes(o, "\r\n", 2);
+}
+
+/* How a response's body comes. [r25] */
+static struct body
+answer_body(const struct head *h, bool head_method)
+{
+	struct body b = {.kind = BODY_CLOSE};
+
+	if (head_method || h->status < 200 || h->status == 204 || h->status == 304)
+		b.kind = BODY_NONE;
+	else if (h->chunked)
+		b.kind = BODY_CHUNKED;
+	else if (h->has_length) {
+		b.kind = h->length > 0 ? BODY_LENGTH : BODY_NONE;
+		b.left = h->length;
+	}
+	b.done = b.kind == BODY_NONE;
+	return b;
+}
+
+/* How it goes on: HTTP/1.0 knows no chunks, and HTTP/1.1 clients see the end of everything. [r28] */
+static enum body_form
+answer_form(const struct body *b, uint8_t client_minor)
+{
+	if (client_minor == 0)
+		return FORM_PLAIN;
+	return b->kind == BODY_CLOSE ? FORM_CHUNKED : FORM_SAME;
+}
+
+/* The framing fields of a response. Those of a body that is not sent (HEAD, 304) say what GET would have brought. */
+static void
+answer_framing(const struct head *h, const struct body *b, uint8_t client_minor, struct out *o)
+{
+	bool chunks = h->chunked || (b->kind == BODY_CLOSE && b->form == FORM_CHUNKED);
+
+	if (h->status < 200 || h->status == 204)
+		return;
+	if (chunks && client_minor == 1)
+		put_field(o, "Transfer-Encoding", S("chunked"));
+	else if (h->has_length) {
+		out_text(o, "Content-Length: ");
+		out_number(o, h->length);
+		out_bytes(o, "\r\n", 2);
+	}
+}
+
+/* Writes a response head anew for the client; `connection` is what Connection tells, or empty. [r29] */
+static void
+answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor, struct slice connection, struct slice id,
+    struct out *o)
+{
+	out_text(o, "HTTP/1.1 ");
+	out_number(o, (uint64_t)h->status);
+	out_char(o, ' ');
+	out_slice(o, h->reason);
+	out_bytes(o, "\r\n", 2);
+	for (unsigned i = 0; i < h->fields; i++) {
+		const struct field *f = &h->field[i];
+		bool ours = f->id == F_HOP || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING || f->id == F_CONNECTION ||
+		            f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
+		if (ours || head_option_names(h, f->name))
+			continue;
+		out_slice(o, f->name);
+		out_bytes(o, ": ", 2);
+		out_slice(o, f->value);
+		out_bytes(o, "\r\n", 2);
+	}
+	answer_framing(h, b, client_minor, o);
+	if (h->status == 101)
+		out_text(o, "Upgrade: websocket\r\n");
+	if (connection.n > 0)
+		put_field(o, "Connection", connection);
+	if (h->status >= 200 || h->status == 101)
+		put_field(o, "X-Request-Id", id);
+	out_bytes(o, "\r\n", 2);
+}
+
+/* ---- our own answers ----------------------------------------------------------------------------------------- */
+
+/* One row for each way a request can end: status, the log's word, OpenAI's code and type, Anthropic's type, and the
+ * sentence, in which % stands for the detail. */
+static const struct reason_row {
+	uint16_t status;
+	const char *word, *code, *type, *anthropic, *message;
+} REASONS[REASONS_COUNT] = {
+	[R_NONE] = {0, "", "", "", "", ""},
+	[R_HEALTH] = {200, "", "", "", "", ""},
+	[R_BAD_REQUEST] = {400, "bad_request", "bad_request", "invalid_request_error", "invalid_request_error", "bad request: %"},
+	[R_BAD_BODY] = {400, "bad_body", "bad_request", "invalid_request_error", "invalid_request_error",
+	    "bad request: the chunked body is malformed"},
+	[R_NO_KEY] = {401, "no_key", "invalid_api_key", "invalid_request_error", "authentication_error",
+	    "no API key: send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"},
+	[R_BAD_KEY] = {401, "bad_key", "invalid_api_key", "invalid_request_error", "authentication_error", "invalid API key"},
+	[R_KEY_OFF] = {401, "key_off", "invalid_api_key", "invalid_request_error", "authentication_error",
+	    "this API key is switched off"},
+	[R_METHOD] = {405, "method", "method_not_allowed", "invalid_request_error", "invalid_request_error", "%"},
+	[R_HEADER_TIMEOUT] = {408, "header_timeout", "request_timeout", "invalid_request_error", "invalid_request_error",
+	    "the request's head did not come in time"},
+	[R_BODY_TIMEOUT] = {408, "body_timeout", "request_timeout", "invalid_request_error", "invalid_request_error",
+	    "the request's body stopped coming"},
+	[R_TARGET_LONG] = {414, "target_long", "uri_too_long", "invalid_request_error", "invalid_request_error", "%"},
+	[R_EXPECT] = {417, "expect", "expectation_failed", "invalid_request_error", "invalid_request_error", "%"},
+	[R_IP_RATE] = {429, "ip_rate", "rate_limit_exceeded", "rate_limit_error", "rate_limit_error",
+	    "too many requests from this address: try again in % s"},
+	[R_HEAD_LONG] = {431, "head_long", "header_too_large", "invalid_request_error", "invalid_request_error", "%"},
+	[R_NOT_IMPLEMENTED] = {501, "not_implemented", "not_implemented", "invalid_request_error", "invalid_request_error", "%"},
+	[R_VERSION] = {505, "version", "http_version", "invalid_request_error", "invalid_request_error", "%"},
+	[R_CLIENT_CLOSED] = {499, "client_closed", "", "", "", ""},
+	[R_CLIENT_STALLED] = {499, "client_stalled", "", "", "", ""},
+	[R_UPSTREAM_REFUSED] = {502, "upstream_refused", "bad_gateway", "server_error", "api_error",
+	    "cannot connect to the model server at %: start it, or correct --upstream"},
+	[R_UPSTREAM_CONNECT_TIMEOUT] = {504, "upstream_connect_timeout", "gateway_timeout", "server_error", "api_error",
+	    "the model server at % does not take connections: look whether it runs, or correct --upstream"},
+	[R_UPSTREAM_CLOSED] = {502, "upstream_closed", "bad_gateway", "server_error", "api_error",
+	    "the model server at % closed the connection without an answer: look at its log, then try again"},
+	[R_UPSTREAM_BAD] = {502, "upstream_bad", "bad_gateway", "server_error", "api_error",
+	    "the model server at % did not answer in HTTP/1.1: look whether --upstream names the right port"},
+	[R_UPSTREAM_TIMEOUT] = {504, "upstream_timeout", "gateway_timeout", "server_error", "api_error",
+	    "the model server at % did not answer in time: look at its load, or raise --first-byte-timeout"},
+	[R_UPSTREAM_CUT] = {502, "upstream_cut", "", "", "", ""},
+	[R_IDLE] = {504, "idle", "gateway_timeout", "server_error", "api_error",
+	    "the model server at % stopped taking the request: look at its load, or raise --idle-timeout"},
+	[R_FULL] = {503, "full", "overloaded", "server_error", "overloaded_error",
+	    "this server has no connection to spare: try again in % s"},
+	[R_STALE] = {503, "stale", "overloaded", "server_error", "overloaded_error",
+	    "this server process is being replaced: try again on a new connection"},
+	[R_DRAIN] = {503, "drain", "overloaded", "server_error", "overloaded_error", "this server is stopping: try again"},
+};
+
+static const char *
+status_phrase(unsigned status)
+{
+	switch (status) {
+	case 200: return "OK";
+	case 400: return "Bad Request";
+	case 401: return "Unauthorized";
+	case 405: return "Method Not Allowed";
+	case 408: return "Request Timeout";
+	case 414: return "URI Too Long";
+	case 417: return "Expectation Failed";
+	case 429: return "Too Many Requests";
+	case 431: return "Request Header Fields Too Large";
+	case 501: return "Not Implemented";
+	case 502: return "Bad Gateway";
+	case 503: return "Service Unavailable";
+	case 504: return "Gateway Timeout";
+	default: return "HTTP Version Not Supported";
+	}
+}
+
+/* Text inside a JSON string. */
+static void
+json_text(struct out *o, struct slice s)
+{
+	for (size_t i = 0; i < s.n; i++) {
+		if (s.p[i] == '"' || s.p[i] == '\\')
+			out_char(o, '\\');
+		out_char(o, (unsigned char)s.p[i] < 0x20 ? ' ' : s.p[i]);
+	}
+}
+
+/* The reason's sentence with its detail in place of %. */
+static void
+error_message(const struct reason_row *row, struct slice detail, struct out *o)
+{
+	const char *mark = strchr(row->message, '%');
+
+	json_text(o, mark == NULL ? slice_of(row->message) : (struct slice){row->message, (size_t)(mark - row->message)});
+	if (mark != NULL) {
+		json_text(o, detail);
+		json_text(o, slice_of(mark + 1));
+	}
+}
+
+/* Error bodies as each family of clients reads them. */
+static void
+error_body(const struct reason_row *row, enum dialect dialect, struct slice detail, struct out *o)
+{
+	switch (dialect) {
+	case DIALECT_OLLAMA:
+		out_text(o, "{\"error\":\"");
+		error_message(row, detail, o);
+		out_text(o, "\"}");
+		break;
+	case DIALECT_ANTHROPIC:
+		out_text(o, "{\"type\":\"error\",\"error\":{\"type\":\"");
+		out_text(o, row->anthropic);
+		out_text(o, "\",\"message\":\"");
+		error_message(row, detail, o);
+		out_text(o, "\"}}");
+		break;
+	case DIALECT_OPENAI:
+		out_text(o, "{\"error\":{\"message\":\"");
+		error_message(row, detail, o);
+		out_text(o, "\",\"type\":\"");
+		out_text(o, row->type);
+		out_text(o, "\",\"param\":null,\"code\":\"");
+		out_text(o, row->code);
+		out_text(o, "\"}}");
+		break;
+	}
+	out_char(o, '\n');
+}
+
+static enum dialect
+head_dialect(const struct head *h)
+{
+	if (path_matches(h, S("/api/*")))
+		return DIALECT_OLLAMA;
+	return path_matches(h, S("/v1/messages*")) ? DIALECT_ANTHROPIC : DIALECT_OPENAI;
+}
+
+/* What the request's end says besides the reason. */
+struct verdict {
+	enum reason reason;
+	enum dialect dialect;
+	struct slice detail, id;
+	uint64_t retry_ms;           /* 0: no Retry-After */
+	bool head_method, close, keep_alive;   /* keep_alive: an HTTP/1.0 client wants to hear it */
+};
+
+/* A whole answer of our own: head and body. Waits of a minute and more are not told to be retried: clients would hang. */
+static void
+answer_own(const struct verdict *v, struct out *o)
+{
+	const struct reason_row *row = &REASONS[v->reason];
+	char text[1024];
+	struct out body = {text, 0, sizeof text, false};
+
+	if (v->reason == R_HEALTH)
+		out_text(&body, "OK");
+	else
+		error_body(row, v->dialect, v->detail, &body);
+	out_text(o, "HTTP/1.1 ");
+	out_number(o, row->status);
+	out_char(o, ' ');
+	out_text(o, status_phrase(row->status));
+	out_text(o, v->reason == R_HEALTH ? "\r\nContent-Type: text/plain\r\n" : "\r\nContent-Type: application/json\r\n");
+	if (row->status == 401)
+		out_text(o, "WWW-Authenticate: Bearer\r\n");
+	if (row->status == 405)
+		out_text(o, "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n");
+	if (v->retry_ms > 0) {
+		out_text(o, "Retry-After: ");
+		out_number(o, (v->retry_ms + 999) / 1000);
+		out_text(o, "\r\nretry-after-ms: ");
+		out_number(o, v->retry_ms);
+		out_text(o, "\r\n");
+	}
+	if (row->status == 504 || v->retry_ms >= 60000)
+		out_text(o, "x-should-retry: false\r\n");
+	put_field(o, "X-Request-Id", v->id);
+	if (v->close)
+		put_field(o, "Connection", S("close"));
+	else if (v->keep_alive)
+		put_field(o, "Connection", S("keep-alive"));
+	out_text(o, "Content-Length: ");
+	out_number(o, body.n);
+	out_text(o, "\r\n\r\n");
+	if (!v->head_method)
+		out_bytes(o, body.p, body.n);
+}
+
+/* ---- credentials --------------------------------------------------------------------------------------------- */
+
+/* The value of a base64 character, or -1. */
+static int
+base64_value(char c)
+{
+	if (c >= 'A' && c <= 'Z')
+		return c - 'A';
+	if (c >= 'a' && c <= 'z')
+		return c - 'a' + 26;
+	if (is_digit(c))
+		return c - '0' + 52;
+	return c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
+/* Decodes base64 in place, padded or not. False: it is none. */
+static bool
+base64_decode(char *p, size_t *n)
+{
+	size_t in = *n, out = 0;
+	uint32_t bits = 0;
+
+	for (int pad = 0; in > 0 && p[in - 1] == '=' && pad < 2; pad++)
+		in--;
+	for (size_t i = 0; i < in; i++) {
+		int value = base64_value(p[i]);
+		if (value < 0)
+			return false;
+		bits = bits << 6 | (uint32_t)value;
+		if (i % 4 > 0)
+			p[out++] = (char)(bits >> (6 - 2 * (i % 4)) & 0xff);
+	}
+	*n = out;
+	return in % 4 != 1;
+}
+
+/* What stands behind `scheme` and its blanks, when the value is of that scheme. */
+static bool
+credential_after(struct slice value, struct slice scheme, struct slice *key)
+{
+	if (!slice_starts_like(value, scheme) || (value.n > scheme.n && value.p[scheme.n] != ' '))
+		return false;
+	*key = slice_from(value, scheme.n);
+	while (key->n > 0 && key->p[0] == ' ')
+		*key = slice_from(*key, 1);
+	return true;
+}
+
+/* The password of Basic credentials, decoded in place: the field is not sent on. */
+static struct slice
+credential_basic(struct slice encoded)
+{
+	char *p = (char *)(uintptr_t)encoded.p, *colon;
+	size_t n = encoded.n;
+
+	if (n == 0 || !base64_decode(p, &n) || (colon = memchr(p, ':', n)) == NULL)
+		return encoded;
+	return (struct slice){colon + 1, n - (size_t)(colon + 1 - p)};
+}
+
+/* The key that a request carries: Authorization: Bearer, else X-Api-Key, else Api-Key, else Basic's password. Empty ones
+ * are passed over; an empty slice: there is none. */
+static struct slice
+head_credential(const struct head *h)
+{
+	struct slice key = {"", 0};
+
+	if (credential_after(h->authorization, S("Bearer"), &key) && key.n > 0)
+		return key;
+	if (h->x_api_key.n > 0)
+		return h->x_api_key;
+	if (h->api_key.n > 0)
+		return h->api_key;
+	if (credential_after(h->authorization, S("Basic"), &key))
+		return credential_basic(key);
+	return (struct slice){"", 0};
+}
+
+/* ============================================================================================================= *
+ * USAGE
+ * Owns: the token counter that watches response bytes. Not furnished yet
+ * ============================================================================================================= */
+
+/* ============================================================================================================= *
+ * LINK
+ * Owns: the descriptors of a connection; later all of BearSSL
+ * Calls: BASICS
+ * Promises: never waits; EINTR is nobody else's business
+ * Never: lets a TLS type out
+ * ============================================================================================================= */
+
+enum { LINK_END = 0, LINK_AGAIN = -1, LINK_FAILED = -2 };
+enum { SEEN_READ = POLLIN | POLLHUP | POLLERR, SEEN_GONE = POLLRDHUP | POLLHUP | POLLERR };
+
+/* Bytes read, LINK_END, LINK_AGAIN or LINK_FAILED. A short read means that nothing more is there for now. */
+static ssize_t
+link_read(struct link *l, char *p, size_t room)
+{
+	ssize_t n;
+
+	do
+		n = recv(l->fd, p, room, 0);
+	while (n < 0 && errno == EINTR);
+	if (n < (ssize_t)room)
+		l->seen &= (short)~POLLIN;
+	if (n >= 0)
+		return n;
+	return errno == EAGAIN ? LINK_AGAIN : LINK_FAILED;
+}
+
+/* Bytes written, LINK_AGAIN or LINK_FAILED. After a short write the link is blocked until poll says otherwise. */
+static ssize_t
+link_write(struct link *l, const char *p, size_t n)
+{
+	ssize_t done;
+
+	if (l->blocked && !(l->seen & (POLLOUT | POLLERR | POLLHUP)))
+		return LINK_AGAIN;
+	l->blocked = false;
+	do
+		done = send(l->fd, p, n, MSG_NOSIGNAL);
+	while (done < 0 && errno == EINTR);
+	if (done < (ssize_t)n) {
+		l->blocked = true;
+		l->seen &= (short)~POLLOUT;
+	}
+	if (done >= 0)
+		return done;
+	return errno == EAGAIN || errno == ENOBUFS ? LINK_AGAIN : LINK_FAILED;
+}
+
+static void
+link_open(struct link *l, int fd)
+{
+	*l = (struct link){.fd = fd};
+}
+
+/* Starts connecting; -1 with errno when that failed at once. */
+static int
+link_connect(struct link *l, const struct addr *to)
+{
+	int one = 1, fd = socket(to->ss.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+
+	if (fd < 0)
+		return -1;
+	if (to->ss.ss_family != AF_UNIX)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (connect(fd, (const struct sockaddr *)&to->ss, to->len) != 0 && errno != EINPROGRESS) {
+		int error = errno;
+		close(fd);
+		errno = error;
+		return -1;
+	}
+	link_open(l, fd);
+	return 0;
+}
+
+/* Has the other side ended, or said something that nobody asked for? */
+static bool
+link_spent(const struct link *l)
+{
+	char byte;
+
+	return recv(l->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 || errno != EAGAIN;
+}
+
+/* Says that nothing more will be sent. */
+static void
+link_shut(const struct link *l)
+{
+	shutdown(l->fd, SHUT_WR);
+}
+
+/* With `reset` the other side sees a cut instead of an end. */
+static void
+link_close(struct link *l, bool reset)
+{
+	struct linger hard = {1, 0};
+
+	if (l->fd < 0)
+		return;
+	if (reset)
+		setsockopt(l->fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
+	close(l->fd);
+	link_open(l, -1);
+}
+
+/* ============================================================================================================= *
+ * CONN
+ * Owns: one client connection: state table, two one-way pipes, admission, the end
+ * Calls: BASICS, LOG, KEYS, TABLE, HTTP, LINK
+ * Promises: no byte goes upstream before conn_admit() said yes to the request that it belongs to; an upstream connection
+ *           serves one client connection and dies with it
+ * Never: closes anything outside conn_close() but its own upstream link
+ * ============================================================================================================= */
+
+/* ---- pipes --------------------------------------------------------------------------------------------------- */
+
+static bool
+pipe_on_scratch(const struct worker *w, const struct pipe *p)
+{
+	return p->mem == w->scratch[p->side][0] || p->mem == w->scratch[p->side][1];
+}
+
+static void
+pipe_empty(struct pipe *p)
+{
+	p->mem = NULL;
+	p->start = p->ready = p->raw = p->end = SLACK;
+	p->keep = false;
+}
+
+static void
+buf_give(struct worker *w, char *buf)
+{
+	w->free_buf[w->free_bufs++] = buf;
+}
+
+/* Forgets what the pipe holds. */
+static void
+pipe_drop(struct worker *w, struct pipe *p)
+{
+	if (p->mem != NULL && !pipe_on_scratch(w, p)) {
+		wipe(p->mem + SLACK, p->end - SLACK);
+		buf_give(w, p->mem);
+	}
+	pipe_empty(p);
+}
+
+/* At the end of a turn: what is left moves from scratch to a buffer of the pool, and an empty buffer goes back there. The
+ * pool holds two buffers for each connection, one for each pipe, so that it is never empty here. */
+static void
+pipe_settle(struct worker *w, struct pipe *p)
+{
+	uint32_t from = p->keep ? p->kept : p->start;
+
+	if (p->mem == NULL)
+		return;
+	if (from == p->ready && p->raw == p->end)
+		pipe_drop(w, p);
+	else if (pipe_on_scratch(w, p)) {
+		char *buf = w->free_buf[--w->free_bufs];
+		memcpy(buf + from, p->mem + from, p->end - from);
+		p->mem = buf;
+	}
+}
+
+static bool
+pipe_waits(const struct pipe *p)
+{
+	return p->start < p->ready;
+}
+
+static struct slice
+pipe_raw(const struct pipe *p)
+{
+	return (struct slice){p->mem + p->raw, p->end - p->raw};
+}
+
+/* Reads once, behind what is there. Nothing may be waiting to go out when room has to be made. */
+static ssize_t
+pipe_fill(struct worker *w, struct pipe *p, struct link *from)
+{
+	if (p->mem == NULL)
+		p->mem = w->scratch[p->side][0];
+	if (p->raw == p->end && !pipe_waits(p) && !p->keep)
+		p->start = p->ready = p->raw = p->end = SLACK;
+	if (p->raw > SLACK && p->end - SLACK > RAW_MAX - RAW_MAX / 4) {
+		memmove(p->mem + SLACK, p->mem + p->raw, p->end - p->raw);
+		p->end = SLACK + (p->end - p->raw);
+		p->start = p->ready = p->raw = SLACK;
+	}
+	ssize_t n = link_read(from, p->mem + p->end, SLACK + RAW_MAX - p->end);
+	if (n > 0)
+		p->end += (uint32_t)n;
+	return n;
+}
+
+/* Looks at the raw bytes as part of the body and makes them ready. False: its framing is broken. */
+static bool
+pipe_run(struct pipe *p)
+{
+	char *out;
+	size_t n;
+	ssize_t used = body_run(&p->body, p->mem + p->raw, p->end - p->raw, &out, &n);
+
+	if (used < 0)
+		return false;
+	p->raw += (uint32_t)used;
+	p->in += (uint64_t)used;
+	if (!pipe_waits(p) && !p->keep)
+		p->start = p->ready = (uint32_t)(out - p->mem);
+	else if (out != p->mem + p->ready)
+		memmove(p->mem + p->ready, out, n);
+	p->ready += (uint32_t)n;
+	return true;
+}
+
+/* Writes what is ready: 1 all of it, 0 blocked, -1 the link failed. */
+static int
+pipe_flush(struct pipe *p, struct link *to)
+{
+	while (pipe_waits(p)) {
+		ssize_t n = link_write(to, p->mem + p->start, p->ready - p->start);
+		if (n < 0)
+			return n == LINK_AGAIN ? 0 : -1;
+		p->start += (uint32_t)n;
+		p->out += (uint64_t)n;
+	}
+	return 1;
+}
+
+/* A head is written anew into the other scratch buffer, while its slices still point into the old one. */
+static struct out
+pipe_build(const struct worker *w, const struct pipe *p)
+{
+	char *other = w->scratch[p->side][p->mem == w->scratch[p->side][0]];
+
+	return (struct out){other + SLACK, 0, BUF_SIZE - 2 * SLACK - TAIL - (p->end - p->raw), false};
+}
+
+/* Puts the new head in front of the raw bytes that follow the old one. */
+static void
+pipe_built(struct worker *w, struct pipe *p, const struct out *o)
+{
+	char *mem = o->p - SLACK;
+	uint32_t rest = p->mem == NULL ? 0 : p->end - p->raw;
+	struct pipe old = *p;
+
+	p->mem = mem;
+	p->start = p->kept = SLACK;
+	p->ready = SLACK + (uint32_t)o->n;
+	p->raw = p->ready + SLACK;
+	p->end = p->raw + rest;
+	if (rest > 0)
+		memcpy(mem + p->raw, old.mem + old.raw, rest);
+	pipe_drop(w, &old);
+}
+
+enum move { MOVE_WAIT, MOVE_DONE, MOVE_END, MOVE_BAD, MOVE_FROM_FAILED, MOVE_TO_FAILED };
+
+/* The sender ended. */
+static enum move
+pipe_end(struct pipe *p)
+{
+	struct slice tail;
+
+	if (!body_end(&p->body, &tail))
+		return MOVE_END;
+	if (!pipe_waits(p))
+		p->start = p->ready = SLACK;
+	memcpy(p->mem + p->ready, tail.p, tail.n);
+	p->ready += (uint32_t)tail.n;
+	p->raw = p->end = p->ready;
+	return MOVE_DONE;
+}
+
+/* Moves a body on: whatever came goes out at once, and nothing more is read while something waits to go out. */
+static enum move
+pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
+{
+	for (int reads = 0;; reads++) {
+		if (p->raw < p->end && !p->body.done && !pipe_run(p))
+			return MOVE_BAD;
+		int flushed = pipe_flush(p, to);
+		if (flushed <= 0)
+			return flushed < 0 ? MOVE_TO_FAILED : MOVE_WAIT;
+		if (p->body.done)
+			return MOVE_DONE;
+		if (reads == MOVES_MAX || !(from->seen & SEEN_READ))
+			return MOVE_WAIT;
+		p->keep = false;     /* a request whose body still comes cannot be sent once more */
+		ssize_t n = pipe_fill(w, p, from);
+		if (n == LINK_AGAIN)
+			return MOVE_WAIT;
+		if (n == LINK_FAILED || (n == LINK_END && pipe_end(p) == MOVE_END))
+			return n == LINK_END ? MOVE_END : MOVE_FROM_FAILED;
+	}
+}
+
+/* ---- states -------------------------------------------------------------------------------------------------- */
+
+enum step { STEP_WAIT, STEP_AGAIN, STEP_CLOSE };
+
+static enum step step_head(struct worker *, struct conn *);
+static enum step step_connect(struct worker *, struct conn *);
+static enum step step_relay(struct worker *, struct conn *);
+static enum step step_tunnel(struct worker *, struct conn *);
+static enum step step_flush(struct worker *, struct conn *);
+static enum step step_linger(struct worker *, struct conn *);
+
+/* Every state with the time it may take, what happens after it (R_NONE: the connection just ends), and its step. */
+static const struct state_row {
+	const char *name;
+	size_t deadline;             /* of the time in struct config */
+	enum step (*step)(struct worker *, struct conn *);
+	enum reason late;
+	bool gives_way;              /* to a new connection when the pool is full */
+} STATES[STATES_COUNT] = {
+#define MS(member) offsetof(struct config, member)
+	[S_FREE] = {"free", MS(idle_ms), NULL, R_NONE, false},
+	[S_OPEN] = {"open", MS(header_ms), step_head, R_NONE, true},
+	[S_IDLE] = {"idle", MS(keepalive_ms), step_head, R_NONE, true},
+	[S_HEAD] = {"head", MS(header_ms), step_head, R_HEADER_TIMEOUT, true},
+	[S_CONNECT] = {"connect", MS(connect_ms), step_connect, R_UPSTREAM_CONNECT_TIMEOUT, false},
+	[S_SEND] = {"send", MS(idle_ms), step_relay, R_BODY_TIMEOUT, false},
+	[S_WAIT] = {"wait", MS(first_byte_ms), step_relay, R_UPSTREAM_TIMEOUT, false},
+	[S_RELAY] = {"relay", MS(idle_ms), step_relay, R_UPSTREAM_CUT, false},
+	[S_TUNNEL] = {"tunnel", MS(idle_ms), step_tunnel, R_NONE, false},
+	[S_FLUSH] = {"flush", MS(reader_ms), step_flush, R_NONE, true},
+	[S_LINGER] = {"linger", MS(linger_ms), step_linger, R_NONE, true},
+#undef MS
+};
+
+/* What to wait for, derived from the state on each turn. */
+static void
+conn_interest(const struct conn *c, short *client, short *upstream)
+{
+	bool req_waits = pipe_waits(&c->req), resp_waits = pipe_waits(&c->resp);
+
+	*client = *upstream = POLLIN;
+	switch (c->state) {
+	case S_CONNECT:
+		*client = POLLRDHUP;
+		*upstream = POLLOUT;
+		break;
+	case S_SEND:
+	case S_WAIT:
+	case S_RELAY:
+		*client = POLLRDHUP;
+		*client |= resp_waits ? POLLOUT : 0;
+		*client |= !req_waits && !c->req.body.done && !c->req.broken ? POLLIN : 0;
+		*upstream = resp_waits ? 0 : POLLIN;
+		*upstream |= req_waits && !c->req.broken ? POLLOUT : 0;
+		break;
+	case S_TUNNEL:
+		*client = (req_waits ? 0 : POLLIN) | (resp_waits ? POLLOUT : 0);
+		*upstream = (resp_waits ? 0 : POLLIN) | (req_waits ? POLLOUT : 0);
+		break;
+	case S_FLUSH:
+		*client = POLLOUT;
+		*upstream = 0;
+		break;
+	}
+}
+
+/* The deadline of the state begins anew: it was entered, or bytes moved. */
+static void
+conn_touch(struct worker *w, struct conn *c)
+{
+	size_t at = STATES[c->state].deadline;
+
+	if (c->state == S_RELAY && pipe_waits(&c->resp))
+		at = offsetof(struct config, reader_ms);
+	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
+	if (c->deadline_ns < w->sweep_ns)
+		w->sweep_ns = c->deadline_ns;
+}
+
+static void
+waiting_remove(struct conn *c)
+{
+	if (!c->waiting)
+		return;
+	c->old->young = c->young;
+	c->young->old = c->old;
+	c->waiting = false;
+}
+
+static void
+conn_enter(struct worker *w, struct conn *c, enum state state)
+{
+	c->state = (uint8_t)state;
+	conn_touch(w, c);
+	waiting_remove(c);
+	if (!STATES[state].gives_way)
+		return;
+	c->old = w->waiting.old;
+	c->young = &w->waiting;
+	c->old->young = w->waiting.old = c;
+	c->waiting = true;
+}
+
+/* ---- a request's life ---------------------------------------------------------------------------------------- */
+
+/* X-Request-Id: the client's if it is sane, else 32 hex digits of our own. */
+static void
+request_id(struct worker *w, struct request *r, struct slice given)
+{
+	r->id_len = 0;
+	while (r->id_len < given.n && given.n <= ID_MAX && (is_class(given.p[r->id_len], C_TOKEN) || given.p[r->id_len] == ':')) {
+		r->id[r->id_len] = given.p[r->id_len];
+		r->id_len++;
+	}
+	if (given.n > 0 && r->id_len == given.n)
+		return;
+	for (r->id_len = 0; r->id_len < 32;) {
+		uint64_t word[2] = {w->now_ns, w->ids++}, bits = hash_keyed(w->random, word);
+		for (int i = 0; i < 16; i++, bits >>= 4)
+			r->id[r->id_len++] = HEX[bits & 15];
+	}
+}
+
+/* Takes a head's `n` bytes off the pipe and starts the record that lives until request_end(). */
+static void
+request_begin(struct worker *w, struct conn *c, size_t n)
+{
+	const struct head *h = &w->head;
+	struct request *r = c->request = w->free_request[--w->free_requests];
+
+	memset(r, 0, offsetof(struct request, method));
+	r->begin_ns = w->now_ns;
+	r->in = n;
+	r->minor = h->minor;
+	r->dialect = (uint8_t)head_dialect(h);
+	r->method_len = (uint8_t)h->method.n;
+	r->path_len = (uint16_t)(h->path.n < PATH_KEPT ? h->path.n : PATH_KEPT);
+	if (r->method_len > 0)
+		memcpy(r->method, h->method.p, r->method_len);
+	if (r->path_len > 0)
+		memcpy(r->path, h->path.p, r->path_len);
+	request_id(w, r, h->request_id);
+	r->head_method = slice_equal(h->method, S("HEAD"));
+	r->safe_again = r->head_method || slice_equal(h->method, S("GET")) || slice_equal(h->method, S("OPTIONS")) ||
+	                slice_equal(h->method, S("PUT")) || slice_equal(h->method, S("DELETE"));
+	r->asked_close = h->close || (h->minor == 0 && !h->keep_alive);
+	r->close = r->asked_close || w->draining;
+	c->req.body = head_body(h);
+	c->req.raw += (uint32_t)n;
+	c->req.in = c->req.out = c->resp.in = c->resp.out = 0;
+	c->req.broken = false;
+}
+
+/* The only place that ends a request: gives back what it held and writes the access line. */
+static void
+request_end(struct worker *w, struct conn *c, enum reason reason)
+{
+	struct request *r = c->request;
+
+	if (r->reason == R_NONE)
+		r->reason = (uint8_t)reason;
+	if (r->status == 0)
+		r->status = REASONS[r->reason].status;
+	if (!r->quiet)
+		log_access(w->log, w->now_ns, w->wall_ms, c, REASONS[r->reason].word, r->connected ? config.upstream.text : "");
+	w->free_request[w->free_requests++] = r;
+	c->request = NULL;
+}
+
+/* The client's side is over for good, and the request with it. */
+static enum step
+request_abandon(struct worker *w, struct conn *c, enum reason reason)
+{
+	c->request->status = 0;
+	request_end(w, c, reason);
+	return STEP_CLOSE;
+}
+
+/* After a whole answer: the next request, or the end. A client that asked for the end and sent nothing more needs no
+ * lingering. [r21] */
+static enum step
+request_next(struct worker *w, struct conn *c, bool close_it, bool asked)
+{
+	if (!close_it) {
+		conn_enter(w, c, S_IDLE);
+		return c->req.raw < c->req.end ? STEP_AGAIN : STEP_WAIT;
+	}
+	link_close(&c->upstream, false);
+	if (asked && c->req.body.done && c->req.raw == c->req.end)
+		return STEP_CLOSE;
+	pipe_drop(w, &c->req);
+	link_shut(&c->client);
+	conn_enter(w, c, S_LINGER);
+	return STEP_AGAIN;
+}
+
+/* Throws away what came of the request's body; true when that is all of it. */
+static bool
+request_swallow(struct conn *c)
+{
+	struct pipe *p = &c->req;
+
+	p->keep = false;
+	p->start = p->ready;
+	if (p->raw < p->end && !p->body.done && !pipe_run(p))
+		return false;
+	p->start = p->ready;
+	return p->body.done;
+}
+
+/* Answers the request ourselves. The connection goes on only when nothing of the request is still to come. */
+static enum step
+conn_refuse(struct worker *w, struct conn *c, enum reason reason)
+{
+	struct request *r = c->request;
+	char seconds[21];
+	struct out wait = {seconds, 0, sizeof seconds, false};
+
+	if (pipe_waits(&c->resp)) {          /* half of an interim answer is out: nothing can follow it */
+		request_end(w, c, reason);
+		return STEP_CLOSE;
+	}
+	r->reason = (uint8_t)reason;
+	r->status = REASONS[reason].status;
+	r->quiet = reason == R_HEALTH;
+	if (!request_swallow(c))
+		r->close = true;
+	out_number(&wait, (r->retry_ms + 999) / 1000);
+	struct verdict v = {.reason = reason, .dialect = r->dialect, .id = {r->id, r->id_len}, .retry_ms = r->retry_ms,
+	    .detail = r->detail != NULL ? slice_of(r->detail) : (struct slice){seconds, wait.n},
+	    .head_method = r->head_method, .close = r->close, .keep_alive = r->minor == 0};
+	pipe_drop(w, &c->resp);
+	struct out o = pipe_build(w, &c->resp);
+	answer_own(&v, &o);
+	pipe_built(w, &c->resp, &o);
+	conn_enter(w, c, S_FLUSH);
+	return STEP_AGAIN;
+}
+
+/* Refuses after the request went upstream, or should have: that connection is spent. */
+static enum step
+conn_refuse_upstream(struct worker *w, struct conn *c, enum reason reason)
+{
+	link_close(&c->upstream, false);
+	c->request->detail = config.upstream.text;
+	return conn_refuse(w, c, reason);
+}
+
+static enum step
+step_flush(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+	bool close_it = r->close, asked = r->asked_close;
+	int flushed = pipe_flush(&c->resp, &c->client);
+
+	if (flushed == 0)
+		return STEP_WAIT;
+	request_end(w, c, R_NONE);
+	return flushed < 0 ? STEP_CLOSE : request_next(w, c, close_it, asked);
+}
+
+/* Reads on for a while, so that what the client still sends does not reset the connection under our answer. */
+static enum step
+step_linger(struct worker *w, struct conn *c)
+{
+	char *waste = w->scratch[0][0];
+	ssize_t n = LINK_AGAIN;
+
+	for (int reads = 0; reads < MOVES_MAX && c->client.seen & SEEN_READ; reads++) {
+		n = link_read(&c->client, waste, BUF_SIZE);
+		if (n == LINK_AGAIN)
+			return STEP_WAIT;
+		if (n <= 0 || (c->lingered += (uint64_t)n) > LINGER_BYTES)
+			return STEP_CLOSE;
+	}
+	return STEP_WAIT;
+}
+
+/* ---- admission ----------------------------------------------------------------------------------------------- */
+
+/* Finds the key that a request carries. The credential is wiped where it stands: nothing needs it any more. */
+static enum reason
+conn_authenticate(struct worker *w, struct conn *c)
+{
+	const struct head *h = &w->head;
+	struct slice secret = head_credential(h), worn[] = {h->authorization, h->x_api_key, h->api_key};
+	unsigned char digest[32];
+	br_sha256_context sha;
+
+	br_sha256_init(&sha);
+	br_sha256_update(&sha, secret.p, secret.n);
+	br_sha256_out(&sha, digest);
+	wipe(&sha, sizeof sha);
+	for (size_t i = 0; i < LENGTH(worn); i++)
+		if (worn[i].n > 0)
+			wipe((char *)(uintptr_t)worn[i].p, worn[i].n);
+	if (secret.n == 0)
+		return R_NO_KEY;
+	if (secret.n > SECRET_MAX || !keys_find(w->keys, digest, &c->request->key))
+		return R_BAD_KEY;
+	return R_NONE;
+}
+
+/* The whole policy: parsed already; then health, address limit, key. The places of preflight, expiry, addresses, route,
+ * model, key rate, in-flight and tokens are marked. R_NONE: it may pass. */
+static enum reason
+conn_admit(struct worker *w, struct conn *c)
+{
+	const struct head *h = &w->head;
+	struct request *r = c->request;
+	enum reason reason;
+
+	if (path_matches(h, S("/health")) && (r->head_method || slice_equal(h->method, S("GET"))))
+		return R_HEALTH;
+	/* preflight */
+	uint64_t wait_ns = table_take(w->table, c->addr_id, &config.ip_rate, w->now_ns);
+	if (wait_ns > 0) {
+		r->retry_ms = wait_ns / NS_PER_MS + 1;
+		return R_IP_RATE;
+	}
+	if (atomic_load_explicit(&w->keys->stale, memory_order_acquire) != 0) {
+		r->close = true;
+		return R_STALE;
+	}
+	if ((reason = conn_authenticate(w, c)) != R_NONE)
+		return reason;
+	if (r->key.flags & KEY_OFF)
+		return R_KEY_OFF;
+	/* expiry, addresses, route, model, key rate, in-flight, tokens */
+	return R_NONE;
+}
+
+/* A head that the parser refused: how it is answered. All of these end the connection. */
+static enum reason
+reason_of_status(int status)
+{
+	static const struct { int status; enum reason reason; } TABLE[] = {
+		{405, R_METHOD}, {414, R_TARGET_LONG}, {417, R_EXPECT}, {431, R_HEAD_LONG}, {501, R_NOT_IMPLEMENTED}, {505, R_VERSION}};
+
+	for (size_t i = 0; i < LENGTH(TABLE); i++)
+		if (TABLE[i].status == status)
+			return TABLE[i].reason;
+	return R_BAD_REQUEST;
+}
+
+static enum step
+conn_refuse_head(struct worker *w, struct conn *c, enum reason reason)
+{
+	request_begin(w, c, c->req.end - c->req.raw);
+	c->request->close = true;
+	c->request->asked_close = false;
+	c->request->detail = w->head.why;
+	return conn_refuse(w, c, reason);
+}
+
+/* Connects to the upstream's next address that takes the attempt. */
+static enum step
+conn_connect(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+
+	link_close(&c->upstream, false);
+	for (; r->address < config.upstream.addrs; r->address++) {
+		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0) {
+			conn_enter(w, c, S_CONNECT);
+			return STEP_AGAIN;
+		}
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+			r->retry_ms = 1000;
+			return conn_refuse(w, c, R_FULL);
+		}
+	}
+	return conn_refuse_upstream(w, c, R_UPSTREAM_REFUSED);
+}
+
+/* Is the connection of the last request still good? Poll looked at it in this turn, unless it was used in this turn. */
+static bool
+conn_upstream_good(const struct worker *w, const struct conn *c)
+{
+	if (c->upstream.fd < 0 || c->upstream.seen != 0)
+		return false;
+	return c->upstream_turn != w->turn || !link_spent(&c->upstream);
+}
+
+/* An admitted request: its head is written anew and goes to the upstream. */
+static enum step
+conn_forward(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+	struct out o = pipe_build(w, &c->req);
+	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = S("http"),
+	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head)};
+
+	r->upgrade = to.upgrade;
+	head_rewrite(&w->head, &to, &o);
+	if (o.full) {
+		w->head.why = "the head is too long to be passed on";
+		r->close = true;
+		return conn_refuse(w, c, R_HEAD_LONG);
+	}
+	pipe_built(w, &c->req, &o);
+	if (!conn_upstream_good(w, c))
+		return conn_connect(w, c);
+	r->reused = r->connected = true;
+	c->req.keep = r->safe_again;
+	conn_enter(w, c, S_SEND);
+	return STEP_AGAIN;
+}
+
+/* S_OPEN, S_IDLE and S_HEAD: until a head is whole. */
+static enum step
+step_head(struct worker *w, struct conn *c)
+{
+	int n = MORE;
+
+	if (c->upstream.fd >= 0 && c->upstream.seen != 0)
+		link_close(&c->upstream, false);   /* it ended, or said something unasked [r26] */
+	if (c->req.raw < c->req.end)
+		n = head_parse(&w->head, pipe_raw(&c->req));
+	if (n < 0)
+		return conn_refuse_head(w, c, reason_of_status(-n));
+	if (n > 0) {
+		request_begin(w, c, (size_t)n);
+		enum reason reason = conn_admit(w, c);
+		return reason != R_NONE ? conn_refuse(w, c, reason) : conn_forward(w, c);
+	}
+	if (c->req.raw < c->req.end && c->state != S_HEAD) {
+		if (c->state == S_OPEN)
+			c->state = S_HEAD;   /* the time counts from accept */
+		else
+			conn_enter(w, c, S_HEAD);
+	}
+	if (!(c->client.seen & SEEN_READ))
+		return STEP_WAIT;
+	ssize_t got = pipe_fill(w, &c->req, &c->client);
+	if (got == LINK_AGAIN)
+		return STEP_WAIT;
+	return got > 0 ? STEP_AGAIN : STEP_CLOSE;
+}
+
+/* ---- relaying ------------------------------------------------------------------------------------------------ */
+
+/* The first bytes go out when the connection stands. */
+static enum step
+step_connect(struct worker *w, struct conn *c)
+{
+	struct pipe *p = &c->req;
+	uint64_t before = p->out;
+
+	if (c->client.seen & SEEN_GONE)
+		return request_abandon(w, c, R_CLIENT_CLOSED);
+	if (p->raw < p->end && !p->body.done && !pipe_run(p))
+		return conn_refuse_upstream(w, c, R_BAD_BODY);
+	if (pipe_flush(p, &c->upstream) < 0) {
+		if (p->out > before)
+			return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
+		c->request->address++;
+		return conn_connect(w, c);
+	}
+	if (p->out == before)
+		return STEP_WAIT;
+	c->request->connected = true;
+	conn_enter(w, c, S_SEND);
+	return STEP_AGAIN;
+}
+
+/* The upstream ended before it said anything. Sent once more when that cannot do harm twice [RFC 9110 9.2.2]. [r27] */
+static enum step
+conn_upstream_died(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+
+	if (!r->reused || !c->req.keep || c->resp.raw < c->resp.end || r->interim > 0)
+		return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
+	r->reused = false;
+	c->req.start = c->req.kept;
+	c->req.keep = c->req.broken = false;
+	pipe_drop(w, &c->resp);
+	return conn_connect(w, c);
+}
+
+/* After the answer head went out there is no other way to say that something is wrong than to cut. A close-delimited
+ * answer must not seem whole: its connection is reset. */
+static enum step
+conn_cut(struct worker *w, struct conn *c, enum reason reason)
+{
+	c->reset = c->resp.body.form == FORM_PLAIN;
+	request_end(w, c, reason);
+	return STEP_CLOSE;
+}
+
+/* The request's way. STEP_AGAIN: go on with the answer's way. */
+static enum step
+relay_request(struct worker *w, struct conn *c)
+{
+	struct pipe *p = &c->req;
+	uint64_t before = p->out;
+
+	if (p->broken || (p->body.done && !pipe_waits(p)))
+		return STEP_AGAIN;
+	enum move move = pipe_move(w, p, &c->client, &c->upstream);
+	if (p->out != before)
+		conn_touch(w, c);
+	switch (move) {
+	case MOVE_DONE:
+		if (c->state == S_SEND)
+			conn_enter(w, c, S_WAIT);
+		return STEP_AGAIN;
+	case MOVE_BAD:
+		if (c->state == S_RELAY)
+			return conn_cut(w, c, R_BAD_BODY);
+		c->request->close = true;
+		return conn_refuse_upstream(w, c, R_BAD_BODY);
+	case MOVE_END:
+	case MOVE_FROM_FAILED:
+		return request_abandon(w, c, R_CLIENT_CLOSED);
+	case MOVE_TO_FAILED:
+		p->broken = true;            /* it may have answered already: look */
+		c->upstream.seen |= POLLIN;
+		return STEP_AGAIN;
+	default:
+		return STEP_AGAIN;
+	}
+}
+
+/* An interim answer is passed on, to those who know what that is. [r24] */
+static enum step
+relay_interim(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+
+	if (++r->interim > INTERIM_MAX)
+		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+	if (r->minor == 0 || r->interim > INTERIM_RELAYED_MAX)
+		return STEP_AGAIN;
+	struct out o = pipe_build(w, &c->resp);
+	struct body none = {.kind = BODY_NONE};
+	answer_rewrite(&w->head, &none, r->minor, S(""), S(""), &o);
+	pipe_built(w, &c->resp, &o);
+	return STEP_AGAIN;
+}
+
+static enum step
+relay_tunnel(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+	struct out o = pipe_build(w, &c->resp);
+	struct body bytes = {.kind = BODY_CLOSE, .form = FORM_PLAIN};
+
+	if (!r->upgrade || !w->head.upgrade_websocket || !w->head.option_upgrade)
+		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+	r->status = 101;
+	r->first_ns = w->now_ns;
+	r->close = true;
+	answer_rewrite(&w->head, &bytes, r->minor, S("upgrade"), (struct slice){r->id, r->id_len}, &o);
+	pipe_built(w, &c->resp, &o);
+	c->req.body = c->resp.body = bytes;
+	c->req.keep = false;
+	conn_enter(w, c, S_TUNNEL);
+	return STEP_AGAIN;
+}
+
+/* The final answer's head goes out in our words, together with what of the body came with it. */
+static enum step
+relay_final(struct worker *w, struct conn *c)
+{
+	const struct head *h = &w->head;
+	struct request *r = c->request;
+	struct out o = pipe_build(w, &c->resp);
+	struct body b = answer_body(h, r->head_method);
+
+	b.form = (uint8_t)answer_form(&b, r->minor);
+	r->status = (uint16_t)h->status;
+	r->first_ns = w->now_ns;
+	r->upstream_close = h->close || h->minor == 0 || b.kind == BODY_CLOSE;
+	if (w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
+		r->close = true;
+	struct slice connection = r->close ? S("close") : r->minor == 0 ? S("keep-alive") : S("");
+	answer_rewrite(h, &b, r->minor, connection, (struct slice){r->id, r->id_len}, &o);
+	if (o.full)
+		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+	pipe_built(w, &c->resp, &o);
+	c->resp.body = b;
+	c->req.keep = false;
+	conn_enter(w, c, S_RELAY);
+	return STEP_AGAIN;
+}
+
+/* Until the final answer's head is whole. */
+static enum step
+relay_answer_head(struct worker *w, struct conn *c)
+{
+	int n = MORE;
+
+	for (int reads = 0; reads <= MOVES_MAX; reads++) {
+		int flushed = pipe_flush(&c->resp, &c->client);    /* an interim answer */
+		if (flushed <= 0)
+			return flushed < 0 ? request_abandon(w, c, R_CLIENT_CLOSED) : STEP_WAIT;
+		if (c->resp.raw < c->resp.end)
+			n = answer_parse(&w->head, pipe_raw(&c->resp));
+		if (n != MORE)
+			break;
+		if (!(c->upstream.seen & SEEN_READ))
+			return STEP_WAIT;
+		ssize_t got = pipe_fill(w, &c->resp, &c->upstream);
+		if (got == LINK_AGAIN)
+			return STEP_WAIT;
+		if (got == LINK_END || got == LINK_FAILED)
+			return conn_upstream_died(w, c);
+	}
+	if (n == MORE)
+		return STEP_WAIT;
+	if (n < 0)
+		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+	c->resp.raw += (uint32_t)n;
+	if (w->head.status == 101)
+		return relay_tunnel(w, c);
+	return w->head.status < 200 ? relay_interim(w, c) : relay_final(w, c);
+}
+
+/* The answer is whole. A request whose body is not goes on while the upstream takes it. [r30] */
+static enum step
+relay_done(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+	bool request_whole = c->req.body.done && !pipe_waits(&c->req);
+
+	if (!request_whole) {
+		if (!c->req.broken && !r->upstream_close && !(c->upstream.seen & SEEN_READ))
+			return STEP_WAIT;
+		r->close = r->upstream_close = true;
+	}
+	if (r->upstream_close || c->resp.raw < c->resp.end)   /* bytes that nobody asked for [r26] */
+		link_close(&c->upstream, false);
+	c->upstream_turn = w->turn;
+	pipe_drop(w, &c->resp);
+	bool close_it = r->close, asked = r->asked_close && request_whole;
+	request_end(w, c, R_NONE);
+	return request_next(w, c, close_it, asked);
+}
+
+static enum step
+relay_answer(struct worker *w, struct conn *c)
+{
+	uint64_t before = c->resp.out;
+	enum move move = pipe_move(w, &c->resp, &c->upstream, &c->client);
+
+	if (c->resp.out != before)
+		conn_touch(w, c);
+	switch (move) {
+	case MOVE_DONE:
+		return relay_done(w, c);
+	case MOVE_TO_FAILED:
+		return request_abandon(w, c, R_CLIENT_CLOSED);
+	case MOVE_WAIT:
+		return STEP_WAIT;
+	default:
+		return conn_cut(w, c, R_UPSTREAM_CUT);
+	}
+}
+
+/* S_SEND, S_WAIT and S_RELAY: both ways at once. */
+static enum step
+step_relay(struct worker *w, struct conn *c)
+{
+	uint8_t state = c->state;
+
+	if (c->client.seen & SEEN_GONE)
+		return request_abandon(w, c, R_CLIENT_CLOSED);
+	enum step step = relay_request(w, c);
+	if (step != STEP_AGAIN || c->request == NULL || c->state == S_FLUSH)
+		return step;
+	if (c->state == S_RELAY)
+		return relay_answer(w, c);
+	if (c->state != state && !(c->upstream.seen & SEEN_READ) && c->resp.raw == c->resp.end)
+		return STEP_WAIT;            /* just sent: no answer yet */
+	return relay_answer_head(w, c);
+}
+
+/* After 101: bytes both ways until one side ends. */
+static enum step
+step_tunnel(struct worker *w, struct conn *c)
+{
+	uint64_t before = c->req.out + c->resp.out;
+	enum move up = pipe_move(w, &c->req, &c->client, &c->upstream);
+	enum move down = pipe_move(w, &c->resp, &c->upstream, &c->client);
+
+	if (c->req.out + c->resp.out != before)
+		conn_touch(w, c);
+	if (up == MOVE_WAIT && down == MOVE_WAIT)
+		return STEP_WAIT;
+	request_end(w, c, R_NONE);
+	if (down != MOVE_DONE)
+		return STEP_CLOSE;
+	return request_next(w, c, true, false);
+}
+
+/* ---- the whole connection ------------------------------------------------------------------------------------ */
+
+/* The only place where a connection ends: closes its links, wipes and returns its buffers. */
+static void
+conn_close(struct worker *w, struct conn *c)
+{
+	if (c->request != NULL)
+		request_end(w, c, R_CLIENT_CLOSED);
+	link_close(&c->client, c->reset);
+	link_close(&c->upstream, false);
+	pipe_drop(w, &c->req);
+	pipe_drop(w, &c->resp);
+	waiting_remove(c);
+	if (!c->parked) {
+		c->next->prev = c->prev;
+		c->prev->next = c->next;
+	}
+	c->state = S_FREE;
+	c->next = w->free_conn;
+	w->free_conn = c;
+	w->used--;
+}
+
+static void
+conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer)
+{
+	struct conn *c = w->free_conn;
+	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)peer;
+
+	w->free_conn = c->next;
+	w->used++;
+	memset(c, 0, sizeof *c);
+	link_open(&c->client, fd);
+	link_open(&c->upstream, -1);
+	pipe_empty(&c->req);
+	pipe_empty(&c->resp);
+	c->resp.side = 1;
+	c->addr_id = table_address_id(w->table, peer);
+	if (peer->ss_family == AF_INET)
+		inet_ntop(AF_INET, &((const struct sockaddr_in *)peer)->sin_addr, c->addr, sizeof c->addr);
+	else if (peer->ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
+		inet_ntop(AF_INET, in6->sin6_addr.s6_addr + 12, c->addr, sizeof c->addr);
+	else if (peer->ss_family == AF_INET6)
+		inet_ntop(AF_INET6, &in6->sin6_addr, c->addr, sizeof c->addr);
+	else
+		strcpy(c->addr, "unix");
+	c->next = &w->polled;
+	c->prev = w->polled.prev;
+	c->prev->next = w->polled.prev = c;
+	conn_enter(w, c, S_OPEN);
+}
+
+/* Takes steps until the connection has to wait, or ends. */
+static void
+conn_step(struct worker *w, struct conn *c)
+{
+	enum step step;
+
+	do
+		step = STATES[c->state].step(w, c);
+	while (step == STEP_AGAIN);
+	if (step == STEP_CLOSE) {
+		conn_close(w, c);
+		return;
+	}
+	pipe_settle(w, &c->req);
+	pipe_settle(w, &c->resp);
+}
+
+/* A deadline passed. */
+static void
+conn_late(struct worker *w, struct conn *c)
+{
+	enum reason late = STATES[c->state].late;
+	enum step step = STEP_CLOSE;
+
+	if (c->state == S_HEAD) {
+		head_clear(&w->head);
+		step = conn_refuse_head(w, c, late);
+	} else if (c->state == S_RELAY)
+		step = conn_cut(w, c, pipe_waits(&c->resp) ? R_CLIENT_STALLED : late);
+	else if (late != R_NONE) {
+		c->request->close |= c->state == S_SEND;
+		step = conn_refuse_upstream(w, c, c->state == S_SEND && pipe_waits(&c->req) ? R_IDLE : late);
+	}
+	if (step == STEP_CLOSE)
+		conn_close(w, c);
+	else
+		conn_step(w, c);
+}
+
+/* ============================================================================================================= *
+ * SANDBOX
+ * Owns: what a worker may not do any more: uid, chroot, rlimits, seccomp, Landlock. Not furnished yet: a worker runs as
+ *       whoever started it
+ * ============================================================================================================= */
+
+/* ============================================================================================================= *
+ * WORKER
+ * Owns: the connection pool, the loop around poll, the drain
+ * Calls: BASICS, LOG, LINK, CONN
+ * Promises: all memory is mapped in worker_start(); one clock look and at most one log write a turn
+ * Never: waits anywhere but in poll
+ * ============================================================================================================= */
+
+/* Everything a worker will ever use. Pages that nothing touches cost nothing: see the formula at the top. */
+static void
+worker_map(struct worker *w)
+{
+	size_t max = config.max_conns;
+
+	w->conns = map_new(max * sizeof *w->conns, MAP_PRIVATE);
+	w->requests = map_new(max * sizeof *w->requests, MAP_PRIVATE);
+	w->free_request = map_new(max * sizeof *w->free_request, MAP_PRIVATE);
+	w->free_buf = map_new(2 * max * sizeof *w->free_buf, MAP_PRIVATE);
+	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
+	w->pfd = map_new((2 * max + LISTEN_MAX + 2) * sizeof *w->pfd, MAP_PRIVATE);
+	w->event = map_new(2 * max * sizeof *w->event, MAP_PRIVATE);
+	char *buf = map_new(2 * max * BUF_SIZE, MAP_PRIVATE);
+	char *scratch = map_new(4 * BUF_SIZE, MAP_PRIVATE);
+
+	for (size_t i = max; i-- > 0;) {
+		w->conns[i].next = w->free_conn;
+		w->free_conn = &w->conns[i];
+		w->free_request[w->free_requests++] = &w->requests[i];
+		w->free_buf[w->free_bufs++] = buf + (2 * i + 1) * BUF_SIZE;
+		w->free_buf[w->free_bufs++] = buf + 2 * i * BUF_SIZE;
+	}
+	for (int i = 0; i < 4; i++)
+		w->scratch[i / 2][i % 2] = scratch + i * BUF_SIZE;
+	w->polled.next = w->polled.prev = &w->polled;
+	w->waiting.young = w->waiting.old = &w->waiting;
+}
+
+static void
+worker_close_listeners(struct worker *w)
+{
+	for (unsigned i = 0; i < w->listeners; i++)
+		close(w->listener[i]);
+	w->listeners = 0;
+}
+
+/* From now on: no new connections, each kept-alive one gets one more answer, streams run to their end. */
+static void
+worker_drain(struct worker *w)
+{
+	if (w->draining)
+		return;
+	w->draining = true;
+	w->drain_ns = w->now_ns + config.drain_ms * NS_PER_MS;
+	worker_close_listeners(w);
+}
+
+/* A word from the supervisor: D, drain; L and a descriptor, the new log. Its end: it is gone. */
+static void
+worker_control(struct worker *w)
+{
+	char word;
+	union { struct cmsghdr align; char space[CMSG_SPACE(sizeof(int))]; } control;
+	struct iovec iov = {&word, 1};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+	ssize_t n = recvmsg(w->control, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	struct cmsghdr *c = n == 1 ? CMSG_FIRSTHDR(&m) : NULL;
+
+	if (n < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (n <= 0) {
+		close(w->control);
+		w->control = -1;
+		worker_drain(w);
+	} else if (word == 'D')
+		worker_drain(w);
+	else if (word == 'L' && c != NULL && c->cmsg_type == SCM_RIGHTS) {
+		int fd;
+		memcpy(&fd, CMSG_DATA(c), sizeof fd);
+		log_close(w->log);
+		log_use(w->log, fd);
+	}
+}
+
+/* ---- waiting ------------------------------------------------------------------------------------------------- */
+
+static void
+watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
+{
+	struct epoll_event e = {.events = (uint32_t)interest, .data.u64 = (uint64_t)(c - w->conns) * 2 + (unsigned)side};
+	int op = l->watched == 0 ? EPOLL_CTL_ADD : interest == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
+
+	if (l->fd < 0 || (l->watched == 0 && interest == 0))
+		return;
+	/* Without memory for the watch the connection cannot go on: its descriptor is shut and poll or the sweep ends it. */
+	if (epoll_ctl(w->epoll, op, l->fd, &e) != 0)
+		shutdown(l->fd, SHUT_RDWR);
+	l->watched = interest;
+}
+
+/* Keeps the epoll set true for a connection in it. What is watched beyond the interest stays, so that a kept-alive
+ * connection costs no call a request, until an event of it comes that nobody wants. */
+static void
+watch_again(struct worker *w, struct conn *c, short client_seen, short upstream_seen)
+{
+	short client, upstream;
+
+	conn_interest(c, &client, &upstream);
+	if ((client & ~c->client.watched) || (client_seen & c->client.watched & ~client) ||
+	    (client == 0 && client_seen != 0))
+		watch(w, c, &c->client, 0, client);
+	if ((upstream & ~c->upstream.watched) || (upstream_seen & c->upstream.watched & ~upstream) ||
+	    (upstream == 0 && upstream_seen != 0))
+		watch(w, c, &c->upstream, 1, upstream);
+}
+
+/* From the poll set into the epoll set, where waiting costs nothing. */
+static void
+worker_park(struct worker *w, struct conn *c)
+{
+	short client, upstream;
+
+	c->next->prev = c->prev;
+	c->prev->next = c->next;
+	c->parked = true;
+	conn_interest(c, &client, &upstream);
+	watch(w, c, &c->client, 0, client | POLLRDHUP);
+	watch(w, c, &c->upstream, 1, upstream);
+}
+
+static void
+worker_want(struct worker *w, int fd, short events)
+{
+	w->pfd[w->pollfds++] = (struct pollfd){fd, events, 0};
+}
+
+/* The poll set: control, epoll set, listeners, then two entries for each connection that is not parked. */
+static void
+worker_gather(struct worker *w)
+{
+	short client, upstream;
+	bool many = w->epoll >= 0 && w->used > POLL_MANY;
+	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
+
+	w->pollfds = 0;
+	worker_want(w, w->control, POLLIN);
+	worker_want(w, w->epoll, POLLIN);
+	for (unsigned i = 0; i < w->listeners; i++)
+		worker_want(w, accepting ? w->listener[i] : -1, POLLIN);
+	for (struct conn *c = w->polled.next, *next; c != &w->polled; c = next) {
+		next = c->next;
+		if (many && c->quiet) {
+			worker_park(w, c);
+			continue;
+		}
+		conn_interest(c, &client, &upstream);
+		worker_want(w, client != 0 ? c->client.fd : -1, client);
+		worker_want(w, upstream != 0 ? c->upstream.fd : -1, upstream);
+	}
+}
+
+static void
+worker_queue(struct worker *w, struct conn *c)
+{
+	if (!c->queued)
+		w->ready[w->readies++] = c;
+	c->queued = true;
+}
+
+/* What poll saw of the connections in its set. */
+static void
+worker_collect_polled(struct worker *w)
+{
+	const struct pollfd *p = w->pfd + 2 + w->listeners;
+
+	for (struct conn *c = w->polled.next; c != &w->polled; c = c->next, p += 2) {
+		c->client.seen = p[0].revents;
+		c->upstream.seen = p[1].revents;
+		c->quiet = (p[0].revents | p[1].revents) == 0;
+		if (!c->quiet)
+			worker_queue(w, c);
+	}
+}
+
+/* All events of the epoll set in one look: of two for one connection both are seen before it is stepped. */
+static void
+worker_collect_parked(struct worker *w)
+{
+	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns), 0);
+
+	for (int i = 0; i < n; i++) {
+		struct conn *c = &w->conns[w->event[i].data.u64 / 2];
+		struct link *l = w->event[i].data.u64 % 2 == 0 ? &c->client : &c->upstream;
+		if (!c->queued)
+			c->client.seen = c->upstream.seen = 0;
+		l->seen = (short)w->event[i].events;
+		worker_queue(w, c);
+	}
+}
+
+static void
+worker_step(struct worker *w, struct conn *c)
+{
+	short client = c->client.seen, upstream = c->upstream.seen;
+
+	c->queued = false;
+	conn_step(w, c);
+	if (c->state != S_FREE && c->parked)
+		watch_again(w, c, client, upstream);
+	c->client.seen = c->upstream.seen = 0;
+}
+
+/* ---- accepting ----------------------------------------------------------------------------------------------- */
+
+/* A full pool takes nothing from those who hold an authenticated request; the oldest of the others makes room. */
+static bool
+worker_make_room(struct worker *w)
+{
+	struct conn *oldest = w->waiting.young;
+
+	if (w->free_conn != NULL)
+		return true;
+	if (oldest == &w->waiting)
+		return false;
+	conn_close(w, oldest);
+	return true;
+}
+
+/* No room, and nobody to make it. [r33] */
+static void
+worker_turn_away(int fd)
+{
+	char text[1024];
+	struct out o = {text, 0, sizeof text, false};
+	struct verdict v = {.reason = R_FULL, .detail = S("1"), .id = S("-"), .retry_ms = 1000, .close = true};
+
+	answer_own(&v, &o);
+	send(fd, o.p, o.n, MSG_NOSIGNAL);
+	shutdown(fd, SHUT_WR);
+	close(fd);
+}
+
+/* Takes what waits on a listener. When descriptors or memory run out, accepting pauses instead of spinning. */
+static void
+worker_accept(struct worker *w, int listener)
+{
+	for (int i = 0; i < ACCEPTS_MAX; i++) {
+		struct sockaddr_storage peer;
+		socklen_t len = sizeof peer;
+		memset(&peer, 0, sizeof peer);
+		int fd = accept4(listener, (struct sockaddr *)&peer, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR))
+			continue;
+		if (fd < 0) {
+			if (errno != EAGAIN) {
+				w->accept_ns = w->now_ns + ACCEPT_PAUSE_MS * NS_PER_MS;
+				log_failure(w->log, "accept_paused", "a connection could not be accepted; trying again shortly", errno);
+			}
+			return;
+		}
+		if (!worker_make_room(w)) {
+			worker_turn_away(fd);
+			continue;
+		}
+		conn_open(w, fd, &peer);
+		struct conn *c = w->polled.prev;
+		c->client.seen = POLLIN;     /* its request is often there already */
+		worker_step(w, c);
+	}
+}
+
+/* ---- the loop ------------------------------------------------------------------------------------------------ */
+
+/* Ends what is over its time, and finds when to look again. */
+static void
+worker_sweep(struct worker *w)
+{
+	uint64_t next = UINT64_MAX;
+
+	w->sweep_ns = UINT64_MAX;
+	for (size_t i = 0; i < config.max_conns && w->used > 0; i++) {
+		struct conn *c = &w->conns[i];
+		if (c->state == S_FREE)
+			continue;
+		if (c->deadline_ns <= w->now_ns) {
+			conn_late(w, c);
+			if (c->state != S_FREE && c->parked)
+				watch_again(w, c, 0, 0);
+		}
+		if (c->state != S_FREE && c->deadline_ns < next)
+			next = c->deadline_ns;
+	}
+	if (next < w->now_ns + SWEEP_MIN_MS * NS_PER_MS)
+		next = w->now_ns + SWEEP_MIN_MS * NS_PER_MS;
+	w->sweep_ns = next;
+}
+
+/* How long poll may sleep: until the next deadline, or the next try of whatever had to be put off. */
+static int
+worker_patience(const struct worker *w)
+{
+	uint64_t until = w->sweep_ns, ms;
+
+	if (w->log->n > 0 && until > w->now_ns + LOG_RETRY_MS * NS_PER_MS)
+		until = w->now_ns + LOG_RETRY_MS * NS_PER_MS;
+	if (w->accept_ns > w->now_ns && w->accept_ns < until)
+		until = w->accept_ns;
+	if (w->draining && w->drain_ns < until)
+		until = w->drain_ns;
+	if (until <= w->now_ns)
+		return 0;
+	ms = (until - w->now_ns) / NS_PER_MS + 1;
+	return ms < 60000 ? (int)ms : 60000;
+}
+
+static void
+worker_turn(struct worker *w)
+{
+	worker_gather(w);
+	int n = poll(w->pfd, w->pollfds, worker_patience(w));
+
+	w->now_ns = clock_ns();
+	w->wall_ms = clock_wall_ms();
+	w->turn++;
+	w->readies = 0;
+	if (n > 0) {
+		worker_collect_polled(w);
+		if (w->pfd[1].revents != 0)
+			worker_collect_parked(w);
+		for (size_t i = 0; i < w->readies; i++)
+			worker_step(w, w->ready[i]);
+		for (unsigned i = 0; i < w->listeners; i++)
+			if (w->pfd[2 + i].revents != 0)
+				worker_accept(w, w->listener[i]);
+		if (w->pfd[0].revents != 0)
+			worker_control(w);
+	}
+	if (w->now_ns >= w->sweep_ns)
+		worker_sweep(w);
+	if (w->log->n > 0 || w->log->dropped > 0)
+		log_flush(w->log);
+}
+
+/* A worker's whole life, in a process of its own. */
+static void
+worker_run(struct worker *w)
+{
+	worker_map(w);
+	random_fill(w->random, sizeof w->random);
+	w->epoll = epoll_create1(EPOLL_CLOEXEC);
+	w->sweep_ns = UINT64_MAX;
+	w->now_ns = clock_ns();
+	w->wall_ms = clock_wall_ms();
+	while (!w->draining || (w->used > 0 && w->now_ns < w->drain_ns))
+		worker_turn(w);
+	log_flush(w->log);
+}
+
+/* ============================================================================================================= *
+ * SUPERVISOR
+ * Owns: listeners, children, generations, signals; publishes the keys; hands everything over to a new binary
+ * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, WORKER
+ * Promises: a dead worker is replaced; a bad keys file leaves the old keys in force; an upgrade loses no connection
+ * Never: reads a client's byte
+ * ============================================================================================================= */
+
+static volatile sig_atomic_t signal_hup, signal_usr1, signal_usr2, signal_stop, signal_child;
+
+static void
+on_signal(int number)
+{
+	if (number == SIGHUP)
+		signal_hup = 1;
+	else if (number == SIGUSR1)
+		signal_usr1 = 1;
+	else if (number == SIGUSR2)
+		signal_usr2 = 1;
+	else if (number == SIGCHLD)
+		signal_child = 1;
+	else if (signal_stop < 2)
+		signal_stop++;
+}
+
+static const int SIGNALS[] = {SIGHUP, SIGUSR1, SIGUSR2, SIGTERM, SIGINT, SIGCHLD};
+
+/* Signals arrive only while the supervisor waits, so that none is lost between a look and a wait. */
+static void
+supervisor_signals(void)
+{
+	struct sigaction action = {.sa_handler = on_signal};
+	sigset_t set;
+
+	sigemptyset(&set);
+	for (size_t i = 0; i < LENGTH(SIGNALS); i++) {
+		sigaddset(&set, SIGNALS[i]);
+		sigaction(SIGNALS[i], &action, NULL);
+	}
+	signal(SIGPIPE, SIG_IGN);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+}
+
+/* A worker hears from the supervisor alone: a signal to the whole process group must not cut its streams. */
+static void
+worker_signals(void)
+{
+	sigset_t none;
+
+	for (size_t i = 0; i < LENGTH(SIGNALS); i++)
+		signal(SIGNALS[i], SIGNALS[i] == SIGCHLD ? SIG_DFL : SIG_IGN);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* ---- listeners ----------------------------------------------------------------------------------------------- */
+
+/* A socket file that nobody serves any more is in the way of bind(). */
+static void
+listener_clear_unix(const struct addr *a)
+{
+	const struct sockaddr_un *un = (const struct sockaddr_un *)&a->ss;
+	struct stat st;
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	if (fd < 0)
+		return;
+	if (lstat(un->sun_path, &st) == 0 && S_ISSOCK(st.st_mode) &&
+	    connect(fd, (const struct sockaddr *)un, a->len) != 0 && errno == ECONNREFUSED)
+		unlink(un->sun_path);
+	close(fd);
+}
+
+static int
+listener_open(struct addr *a)
+{
+	int one = 1, zero = 0;
+	int fd = socket(a->ss.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+
+	if (fd < 0 && errno == EAFNOSUPPORT && strncmp(a->text, "[::]:", 5) == 0) {
+		/* A kernel without IPv6: the dual-stack wildcard is the IPv4 one. */
+		struct sockaddr_in in = {.sin_family = AF_INET, .sin_port = ((struct sockaddr_in6 *)&a->ss)->sin6_port};
+		memcpy(&a->ss, &in, sizeof in);
+		a->len = sizeof in;
+		addr_write(a);
+		fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	}
+	if (fd < 0)
+		die(EXIT_FAILURE, "cannot listen on %s: %s", a->text, strerror(errno));
+	if (a->ss.ss_family == AF_UNIX)
+		listener_clear_unix(a);
+	else {
+		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* what is accepted inherits it */
+	}
+	if (a->ss.ss_family == AF_INET6)
+		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
+	if (bind(fd, (struct sockaddr *)&a->ss, a->len) != 0 || listen(fd, SOMAXCONN) != 0)
+		die(EXIT_FAILURE, "cannot listen on %s: %s; %s", a->text, strerror(errno),
+		    errno == EADDRINUSE ? "stop the other server, or choose another address with --listen"
+		                        : "choose another address with --listen");
+	return fd;
+}
+
+/* Sockets that were passed in (LISTEN_FDS) go before --listen. */
+static unsigned
+listeners_passed(struct supervisor *s)
+{
+	const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
+	uint64_t owner = 0, n = 0;
+
+	if (pid == NULL || count == NULL || !number_read(slice_of(pid), &owner) || owner != (uint64_t)getpid() ||
+	    !number_read(slice_of(count), &n))
+		return 0;
+	if (n > LISTEN_MAX)
+		die(EX_CONFIG, "%llu sockets were passed in; at most %d are served", (unsigned long long)n, LISTEN_MAX);
+	for (unsigned i = 0; i < n; i++) {
+		int fd = 3 + (int)i;
+		if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) != 0)
+			die(EX_CONFIG, "LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
+		s->listener[i] = fd;
+	}
+	unsetenv("LISTEN_PID");
+	unsetenv("LISTEN_FDS");
+	unsetenv("LISTEN_FDNAMES");
+	return (unsigned)n;
+}
+
+static void
+supervisor_listen(struct supervisor *s)
+{
+	s->listeners = listeners_passed(s);
+	s->bound = s->listeners == 0;
+	if (s->bound)
+		for (; s->listeners < config.listens; s->listeners++)
+			s->listener[s->listeners] = listener_open(&config.listen[s->listeners]);
+}
+
+static void
+supervisor_log_listeners(struct supervisor *s)
+{
+	for (unsigned i = 0; i < s->listeners; i++) {
+		struct addr a = {.len = sizeof a.ss};
+		if (getsockname(s->listener[i], (struct sockaddr *)&a.ss, &a.len) == 0)
+			addr_write(&a);
+		log_listening(s->log, a.text);
+	}
+}
+
+/* ---- children ------------------------------------------------------------------------------------------------ */
+
+static void
+child_tell(const struct child *child, char word, int fd)
+{
+	union { struct cmsghdr align; char space[CMSG_SPACE(sizeof(int))]; } control;
+	struct iovec iov = {&word, 1};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
+
+	memset(&control, 0, sizeof control);
+	if (fd >= 0) {
+		m.msg_control = &control;
+		m.msg_controllen = sizeof control;
+		struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(c), &fd, sizeof fd);
+	}
+	sendmsg(child->control, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+/* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
+__attribute__((noreturn)) static void
+child_run(const struct supervisor *s, int control)
+{
+	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
+
+	worker_signals();
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			close(s->child[i].control);
+	if (s->keys_fd >= 0)
+		close(s->keys_fd);
+	if (s->table_fd >= 0)
+		close(s->table_fd);
+	w->log = s->log;
+	w->log->n = w->log->dropped = 0;
+	w->keys = s->keys;
+	mprotect(s->keys, s->keys_size, PROT_READ);
+	w->table = s->table;
+	w->control = control;
+	w->listeners = s->listeners;
+	memcpy(w->listener, s->listener, sizeof w->listener);
+	worker_run(w);
+	_exit(EXIT_SUCCESS);
+}
+
+static void
+supervisor_spawn(struct supervisor *s, int slot)
+{
+	struct child *child = s->child;
+	int pair[2], pid;
+
+	while (child < s->child + CHILDREN_MAX && child->pid != 0)
+		child++;
+	s->respawn_ns[slot] = s->now_ns + RESPAWN_MAX_MS * NS_PER_MS;   /* when this try fails */
+	if (child == s->child + CHILDREN_MAX ||
+	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) != 0) {
+		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		return;
+	}
+	log_flush(s->log);
+	pid = fork();
+	if (pid == 0) {
+		close(pair[0]);
+		child_run(s, pair[1]);
+	}
+	close(pair[1]);
+	if (pid < 0) {
+		close(pair[0]);
+		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		return;
+	}
+	*child = (struct child){.pid = pid, .control = pair[0], .slot = slot, .born_ns = s->now_ns};
+	s->respawn_ns[slot] = 0;
+	log_worker_started(s->log, slot, pid);
+}
+
+/* Tells every worker that serves now to drain. */
+static void
+supervisor_drain_children(struct supervisor *s)
+{
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0 && !s->child[i].draining) {
+			s->child[i].draining = true;
+			child_tell(&s->child[i], 'D', -1);
+		}
+}
+
+/* A new generation on the same sockets; the old one, if there is one, drains. */
+static void
+supervisor_generation(struct supervisor *s)
+{
+	supervisor_drain_children(s);
+	for (uint64_t slot = 0; slot < config.workers; slot++)
+		supervisor_spawn(s, (int)slot);
+}
+
+/* When the slot of a worker that died is filled again. */
+static void
+supervisor_replace(struct supervisor *s, const struct child *child)
+{
+	uint64_t *ms = &s->respawn_ms[child->slot];
+	bool young = s->now_ns - child->born_ns < YOUNG_MS * NS_PER_MS;
+
+	*ms = !young ? 0 : *ms == 0 ? RESPAWN_FIRST_MS : *ms * 2 < RESPAWN_MAX_MS ? *ms * 2 : RESPAWN_MAX_MS;
+	s->respawn_ns[child->slot] = s->now_ns + *ms * NS_PER_MS;
+}
+
+static void
+supervisor_reap(struct supervisor *s)
+{
+	int status, pid;
+
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+		for (size_t i = 0; i < CHILDREN_MAX; i++) {
+			struct child *child = &s->child[i];
+			if (child->pid != pid)
+				continue;
+			close(child->control);
+			if (!child->draining || status != 0)
+				log_worker_died(s->log, child, status);
+			if (!child->draining)
+				supervisor_replace(s, child);
+			child->pid = 0;
+		}
+}
+
+/* ---- keys ---------------------------------------------------------------------------------------------------- */
+
+static struct keys_look
+look_of(const struct stat *st)
+{
+	return (struct keys_look){.mtime_ns = (uint64_t)st->st_mtim.tv_sec * NS_PER_S + (uint64_t)st->st_mtim.tv_nsec,
+	    .size = (uint64_t)st->st_size, .inode = st->st_ino, .device = st->st_dev, .there = true};
+}
+
+static bool
+look_equal(const struct keys_look *a, const struct keys_look *b)
+{
+	return a->there == b->there && a->mtime_ns == b->mtime_ns && a->size == b->size && a->inode == b->inode &&
+	       a->device == b->device;
+}
+
+/* Reads the keys into the idle half of a mapping that has room for them: the one in use, or a larger new one. */
+static struct keys_map *
+supervisor_parse(struct supervisor *s, struct complaints *bad, size_t *size, int *fd)
+{
+	struct keys_file file = {.p = NULL};
+	struct keys_map *map = s->keys;
+
+	if (config.keys != NULL && !keys_read(config.keys, &file, bad))
+		return NULL;
+	if (file.p != NULL)
+		s->loaded = s->last = look_of(&file.st);
+	struct slice text = {file.p == NULL ? "" : file.p, file.n};
+	uint64_t rows = keys_count(text) + 1;
+	if (map == NULL || rows > map->capacity)
+		map = keys_new(2 * rows, size, fd);
+	bool good = keys_parse(map, text, &config, bad);
+	if (good && file.p != NULL && keys_exposed(&file))
+		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", config.keys);
+	keys_unread(&file);
+	complaints_end(bad);
+	if (!good && map != s->keys) {
+		munmap(map, *size);
+		if (*fd >= 0)
+			close(*fd);
+	}
+	return good ? map : NULL;
+}
+
+/* Puts new keys in force. A file that outgrew the mapping gets a larger one, and workers that know it. */
+static bool
+supervisor_publish(struct supervisor *s, struct complaints *bad)
+{
+	size_t size = 0;
+	int fd = -1;
+	struct keys_map *map = supervisor_parse(s, bad, &size, &fd);
+
+	if (map == NULL)
+		return false;
+	keys_flip(map);
+	if (map == s->keys)
+		return true;
+	if (s->keys != NULL) {
+		atomic_store(&s->keys->stale, 1);
+		munmap(s->keys, s->keys_size);
+		if (s->keys_fd >= 0)
+			close(s->keys_fd);
+	}
+	s->keys = map;
+	s->keys_size = size;
+	s->keys_fd = fd;
+	if (s->serving)
+		supervisor_generation(s);
+	return true;
+}
+
+static uint64_t
+supervisor_keys(const struct supervisor *s)
+{
+	return s->keys->half[atomic_load(&s->keys->generation) & 1].count;
+}
+
+/* On HUP, or when the file changed. */
+static void
+supervisor_reload(struct supervisor *s)
+{
+	struct complaints bad = {.to = stderr, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
+
+	if (supervisor_publish(s, &bad))
+		log_keys_published(s->log, supervisor_keys(s));
+	else
+		log_keys_refused(s->log, bad.file, bad.n);
+}
+
+/* A look a second; the file is read when two looks agree that it is another one. */
+static void
+supervisor_watch(struct supervisor *s)
+{
+	struct stat st;
+	struct keys_look look = {.there = false};
+
+	if (s->now_ns < s->look_ns || config.keys == NULL)
+		return;
+	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
+	if (stat(config.keys, &st) == 0)
+		look = look_of(&st);
+	bool settled = look_equal(&look, &s->last);
+	s->last = look;
+	if (!settled || look_equal(&look, &s->loaded))
+		return;
+	s->loaded = look;
+	supervisor_reload(s);
+}
+
+/* ---- upgrade ------------------------------------------------------------------------------------------------- */
+
+/* Would the new binary start with our command line? It says so itself, in a child. */
+static bool
+upgrade_checks(const struct supervisor *s)
+{
+	size_t n = 0;
+	int status = -1, pid;
+
+	while (s->argv[n] != NULL)
+		n++;
+	char **argv = calloc(n + 2, sizeof *argv);
+	if (argv == NULL)
+		return false;
+	memcpy(argv + 2, s->argv + 1, (n - 1) * sizeof *argv);
+	argv[0] = s->argv[0];
+	argv[1] = (char *)(uintptr_t)"check";
+	if ((pid = fork()) == 0) {
+		worker_signals();
+		int null = open("/dev/null", O_WRONLY);
+		if (null >= 0)
+			dup2(null, STDOUT_FILENO);
+		execv(s->binary, argv);
+		_exit(127);
+	}
+	free(argv);
+	while (pid > 0 && waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		continue;
+	return pid > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+/* Moves a descriptor out of the way of LISTEN_FDS. */
+static int
+upgrade_lift(int fd, int above)
+{
+	if (fd < 0 || fd >= above)
+		return fd;
+	int lifted = fcntl(fd, F_DUPFD_CLOEXEC, above);
+	if (lifted >= 0)
+		close(fd);
+	return lifted >= 0 ? lifted : fd;
+}
+
+/* Shows or hides from exec() what the next binary takes over besides the listeners. */
+static void
+upgrade_expose(const struct supervisor *s, bool shown)
+{
+	int flags = shown ? 0 : FD_CLOEXEC;
+
+	if (s->keys_fd >= 0)
+		fcntl(s->keys_fd, F_SETFD, flags);
+	if (s->table_fd >= 0)
+		fcntl(s->table_fd, F_SETFD, flags);
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			fcntl(s->child[i].control, F_SETFD, flags);
+}
+
+/* TINYAUTH_HANDOVER: the mappings' descriptors and `pid:control:slot` of each child. */
+static bool
+upgrade_environment(const struct supervisor *s)
+{
+	size_t max = 64 + CHILDREN_MAX * 40, n;
+	char *text = malloc(max), number[24];
+
+	if (text == NULL)
+		return false;
+	n = (size_t)snprintf(text, max, "%d %d %d", s->keys_fd, s->table_fd, s->bound);
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			n += (size_t)snprintf(text + n, max - n, " %d:%d:%d", s->child[i].pid, s->child[i].control, s->child[i].slot);
+	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
+	free(text);
+	snprintf(number, sizeof number, "%u", s->listeners);
+	set = set && setenv("LISTEN_FDS", number, 1) == 0;
+	snprintf(number, sizeof number, "%d", getpid());
+	return set && setenv("LISTEN_PID", number, 1) == 0;
+}
+
+/* USR2: the new binary takes our place, pid, listeners, mappings and children. It is asked first whether it can. */
+static void
+supervisor_upgrade(struct supervisor *s)
+{
+	int above = 3 + (int)s->listeners;
+
+	if (!upgrade_checks(s)) {
+		log_note(s->log, "upgrade_refused", "the new binary does not pass its check; the old one goes on");
+		return;
+	}
+	log_note(s->log, "upgrade", NULL);
+	log_flush(s->log);
+	s->keys_fd = upgrade_lift(s->keys_fd, above);
+	s->table_fd = upgrade_lift(s->table_fd, above);
+	s->log->fd = s->log->fd > STDERR_FILENO ? upgrade_lift(s->log->fd, above) : s->log->fd;
+	for (unsigned i = 0; i < s->listeners; i++)
+		s->listener[i] = upgrade_lift(s->listener[i], above);
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			s->child[i].control = upgrade_lift(s->child[i].control, above);
+	for (unsigned i = 0; i < s->listeners; i++)
+		dup2(s->listener[i], 3 + (int)i);
+	upgrade_expose(s, true);
+	if (upgrade_environment(s))
+		execv(s->binary, s->argv);
+	log_failure(s->log, "upgrade_refused", "the new binary cannot be executed; the old one goes on", errno);
+	upgrade_expose(s, false);
+	for (unsigned i = 0; i < s->listeners; i++)
+		close(3 + (int)i);
+	unsetenv("TINYAUTH_HANDOVER");
+	unsetenv("LISTEN_FDS");
+	unsetenv("LISTEN_PID");
+}
+
+/* A mapping that the old binary left us, if its layout is ours. An older key table is marked: nobody writes it any more. */
+static void *
+inherit_map(int fd, uint64_t magic, size_t *size)
+{
+	struct stat st;
+
+	if (fd < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fstat(fd, &st) != 0 || st.st_size < (off_t)sizeof(struct keys_map))
+		return NULL;
+	*size = (size_t)st.st_size;
+	uint64_t *map = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (map == MAP_FAILED)
+		return NULL;
+	if (*map == magic)
+		return map;
+	if (magic == KEYS_MAGIC)
+		atomic_store(&((struct keys_map *)map)->stale, 1);
+	munmap(map, *size);
+	close(fd);
+	return NULL;
+}
+
+/* Takes over from the binary that ran under this pid before. Its workers are our children and drain. */
+static void
+supervisor_inherit(struct supervisor *s)
+{
+	char *text = getenv("TINYAUTH_HANDOVER");
+	int keys_fd, table_fd, bound, used;
+	size_t n = 0, table_size;
+	struct child child = {.draining = false};
+
+	if (text == NULL || sscanf(text, "%d %d %d%n", &keys_fd, &table_fd, &bound, &used) != 3)
+		return;
+	s->bound = bound;
+	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
+	s->keys_fd = s->keys != NULL ? keys_fd : -1;
+	s->table = inherit_map(table_fd, TABLE_MAGIC, &table_size);
+	s->table_fd = s->table != NULL ? table_fd : -1;
+	for (text += used; n < CHILDREN_MAX; text += used) {
+		if (sscanf(text, " %d:%d:%d%n", &child.pid, &child.control, &child.slot, &used) != 3)
+			break;
+		fcntl(child.control, F_SETFD, FD_CLOEXEC);
+		s->child[n++] = child;
+	}
+	unsetenv("TINYAUTH_HANDOVER");
+}
+
+/* ---- the loop ------------------------------------------------------------------------------------------------ */
+
+static void
+supervisor_reopen_log(struct supervisor *s)
+{
+	if (config.log != NULL) {
+		int fd = log_open_file(config.log);
+		if (fd < 0) {
+			log_failure(s->log, "log_not_reopened", "the log file cannot be opened; the old one goes on", errno);
+			return;
+		}
+		for (size_t i = 0; i < CHILDREN_MAX; i++)
+			if (s->child[i].pid != 0)
+				child_tell(&s->child[i], 'L', fd);
+		log_close(s->log);
+		log_use(s->log, fd);
+	}
+	log_note(s->log, "log_reopened", NULL);
+}
+
+/* TERM or INT: no new connections, and the end when the last worker has drained. */
+static void
+supervisor_stop(struct supervisor *s)
+{
+	s->draining = true;
+	log_note(s->log, "draining", NULL);
+	for (unsigned i = 0; i < s->listeners; i++)
+		close(s->listener[i]);
+	for (unsigned i = 0; s->bound && i < config.listens; i++)
+		if (config.listen[i].ss.ss_family == AF_UNIX)
+			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
+	s->listeners = 0;
+	supervisor_drain_children(s);
+}
+
+static bool
+supervisor_alone(const struct supervisor *s)
+{
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			return false;
+	return true;
+}
+
+static void
+supervisor_wait(struct supervisor *s)
+{
+	uint64_t until = config.keys != NULL ? s->look_ns : s->now_ns + 60 * NS_PER_S, ns;
+	sigset_t none;
+
+	for (uint64_t slot = 0; slot < config.workers; slot++)
+		if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] < until)
+			until = s->respawn_ns[slot];
+	ns = until > s->now_ns ? until - s->now_ns : 0;
+	if (s->log->n > 0 && ns > LOG_RETRY_MS * NS_PER_MS)
+		ns = LOG_RETRY_MS * NS_PER_MS;
+	struct timespec time = {(time_t)(ns / NS_PER_S), (long)(ns % NS_PER_S)};
+	sigemptyset(&none);
+	ppoll(NULL, 0, &time, &none);
+	s->now_ns = clock_ns();
+}
+
+/* Serves until it is told to stop. Returns the exit status. */
+static int
+supervisor_serve(struct supervisor *s)
+{
+	while (!s->draining || !supervisor_alone(s)) {
+		supervisor_wait(s);
+		if (signal_child && !(signal_child = 0))
+			supervisor_reap(s);
+		if (signal_stop > (s->draining ? 1 : 0)) {
+			if (s->draining)
+				break;
+			supervisor_stop(s);
+		}
+		if (signal_usr1 && !(signal_usr1 = 0))
+			supervisor_reopen_log(s);
+		if (!s->draining) {
+			if (signal_usr2 && !(signal_usr2 = 0))
+				supervisor_upgrade(s);
+			if (signal_hup && !(signal_hup = 0))
+				supervisor_reload(s);
+			for (uint64_t slot = 0; slot < config.workers; slot++)
+				if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
+					supervisor_spawn(s, (int)slot);
+		}
+		supervisor_watch(s);
+		log_flush(s->log);
+	}
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			kill(s->child[i].pid, SIGKILL);
+	log_note(s->log, "stopped", NULL);
+	log_flush(s->log);
+	return EXIT_SUCCESS;
+}
+
+/* What USR2 will execute: the path that we were called by, so that a link to a newer version is followed. */
+static const char *
+supervisor_binary(const char *argv0)
+{
+	static char path[PATH_MAX];
+	ssize_t n;
+
+	if (strchr(argv0, '/') != NULL && argv0[0] == '/')
+		return argv0;
+	if (strchr(argv0, '/') != NULL && getcwd(path, sizeof path) != NULL && strlen(path) + strlen(argv0) + 2 < sizeof path)
+		return strcat(strcat(path, "/"), argv0);
+	n = readlink("/proc/self/exe", path, sizeof path - 1);
+	return n > 0 ? (path[n] = '\0', path) : argv0;
+}
+
+static int
+supervisor_run(char *const *argv)
+{
+	struct supervisor *s = map_new(sizeof *s, MAP_PRIVATE);
+	struct complaints bad = {.to = stderr, .file = config.keys != NULL ? config.keys : "keys"};
+
+	s->log = map_new(sizeof *s->log, MAP_PRIVATE);
+	s->log->format = config.log_format;
+	s->argv = argv;
+	s->binary = supervisor_binary(argv[0]);
+	s->now_ns = clock_ns();
+	supervisor_signals();
+	if (config.keys == NULL && !config.env_key)
+		die(EX_CONFIG, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
+	supervisor_listen(s);
+	supervisor_inherit(s);
+	if (s->table == NULL)
+		s->table = table_new(&s->table_fd);
+	if (!supervisor_publish(s, &bad))
+		return EX_CONFIG;
+	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;
+	if (fd < 0)
+		die(EX_CONFIG, "%s: cannot be opened for the log: %s; name another with --log", config.log, strerror(errno));
+	log_use(s->log, fd);
+	supervisor_generation(s);
+	s->serving = true;
+	supervisor_log_listeners(s);
+	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	log_flush(s->log);
+	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
+	signal_child = 1;
+	return supervisor_serve(s);
+}
+
+/* ============================================================================================================= *
+ * COMMANDS
+ * Owns: check, key add, key rotate, key rm, key list
+ * Calls: BASICS, CONFIG, KEYS
+ * Promises: the keys file changes as a whole or not at all, keeps owner and mode, and has one writer at a time
+ * Never: prints a secret but the one it just made, and never stores that one
+ * ============================================================================================================= */
+
+/* The keys file while it is being changed: locked, read, and found without fault. */
+struct edit {
+	char path[PATH_MAX];         /* with links resolved: the file itself is replaced */
+	int fd;
+	struct keys_file file;
+};
+
+/* Waits for the lock. A file that was replaced while we waited is opened anew. */
+static void
+edit_lock(struct edit *e)
+{
+	struct stat held, named;
+
+	for (;;) {
+		e->fd = open(e->path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY, 0600);
+		if (e->fd < 0)
+			die(EXIT_FAILURE, "%s: cannot be opened for writing: %s", e->path, strerror(errno));
+		if (flock(e->fd, LOCK_EX) != 0 || fstat(e->fd, &held) != 0)
+			die(EXIT_FAILURE, "%s: cannot be locked: %s", e->path, strerror(errno));
+		if (stat(e->path, &named) == 0 && named.st_ino == held.st_ino && named.st_dev == held.st_dev)
+			return;
+		close(e->fd);
+	}
+}
+
+/* Refuses to touch a file that has a fault, whole as it is refused by the server. */
+static void
+edit_verify(struct slice text, const char *path)
+{
+	struct complaints bad = {.to = stderr, .file = path};
+	struct config plain = {.env_key = false};
+	size_t size;
+	int fd;
+
+	if (keys_count(text) == 0)
+		return;
+	if (!keys_parse(keys_new(keys_count(text) + 1, &size, &fd), text, &plain, &bad)) {
+		complaints_end(&bad);
+		die(EXIT_FAILURE, "%s: not changed: mend it first", path);
+	}
+}
+
+static struct slice
+edit_open(struct edit *e)
+{
+	struct complaints bad = {.to = stderr};
+	const char *path = config.keys != NULL ? config.keys : "keys";
+
+	if (strlen(path) >= sizeof e->path)
+		die(EXIT_FAILURE, "%s: the path is too long", path);
+	if (realpath(path, e->path) == NULL)
+		strcpy(e->path, path);
+	edit_lock(e);
+	bad.file = e->path;
+	if (!keys_read(e->path, &e->file, &bad))
+		exit(EXIT_FAILURE);
+	struct slice text = {e->file.p, e->file.n};
+	edit_verify(text, e->path);
+	return text;
+}
+
+static bool
+write_whole(int fd, struct slice s)
+{
+	while (s.n > 0) {
+		ssize_t n = write(fd, s.p, s.n);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return false;
+		s = slice_from(s, (size_t)n);
+	}
+	return true;
+}
+
+/* Makes the rename last: the directory is written, too. */
+static void
+sync_directory(const char *path)
+{
+	char directory[PATH_MAX];
+	const char *slash = strrchr(path, '/');
+	int fd;
+
+	snprintf(directory, sizeof directory, "%.*s", slash == NULL ? 1 : (int)(slash - path + 1), slash == NULL ? "." : path);
+	fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd >= 0) {
+		fsync(fd);
+		close(fd);
+	}
+}
+
+/* Replaces the file by the parts: a temporary file beside it, written through, then renamed over it. */
+static void
+edit_replace(struct edit *e, const struct slice *part, size_t parts)
+{
+	char temporary[PATH_MAX + 16];
+	bool good = true;
+	int fd;
+
+	snprintf(temporary, sizeof temporary, "%s.XXXXXX", e->path);
+	fd = mkostemp(temporary, O_CLOEXEC);
+	if (fd < 0)
+		die(EXIT_FAILURE, "%s: cannot be made: %s; look who may write to its directory", temporary, strerror(errno));
+	for (size_t i = 0; good && i < parts; i++)
+		good = write_whole(fd, part[i]);
+	if (geteuid() == 0)
+		good = good && fchown(fd, e->file.st.st_uid, e->file.st.st_gid) == 0;
+	good = good && fchmod(fd, e->file.st.st_mode & 07777) == 0 && fsync(fd) == 0;
+	if (!good || rename(temporary, e->path) != 0) {
+		int error = errno;
+		unlink(temporary);
+		die(EXIT_FAILURE, "%s: not changed: %s", e->path, strerror(error));
+	}
+	sync_directory(e->path);
+	close(fd);
+	keys_unread(&e->file);
+}
+
+/* Finds the line of a name: `line` covers it with its end, `secret` the second field in it. */
+static bool
+edit_find(struct slice text, const char *name, struct slice *line, struct slice *secret)
+{
+	while (text.n > 0) {
+		const char *from = text.p;
+		struct slice rest = text_line(&text);
+		if (!slice_equal(line_field(&rest), slice_of(name)))
+			continue;
+		*line = (struct slice){from, (size_t)(text.p - from)};
+		*secret = line_field(&rest);
+		return true;
+	}
+	return false;
+}
+
+enum { SECRET_TEXT = 3 + 43 + 1, HASHED_TEXT = 7 + 64 + 1 };
+
+/* `sk-` and 256 random bits, and what the file keeps of them. */
+static void
+secret_make(char secret[SECRET_TEXT], char hashed[HASHED_TEXT])
+{
+	static const char ALPHABET[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+	unsigned char bytes[33] = {0}, digest[32];
+	struct mistake m;
+
+	random_fill(bytes, 32);
+	strcpy(secret, "sk-");
+	for (size_t i = 0; i < 43; i++) {
+		size_t bit = i * 6;
+		unsigned pair = (unsigned)bytes[bit / 8] << 8 | bytes[bit / 8 + 1];
+		secret[3 + i] = ALPHABET[pair >> (10 - bit % 8) & 63];
+	}
+	secret[SECRET_TEXT - 1] = '\0';
+	secret_read(slice_of(secret), digest, &m);
+	strcpy(hashed, "sha256:");
+	for (size_t i = 0; i < 32; i++) {
+		hashed[7 + 2 * i] = HEX[digest[i] >> 4];
+		hashed[8 + 2 * i] = HEX[digest[i] & 15];
+	}
+	hashed[HASHED_TEXT - 1] = '\0';
+	wipe(bytes, sizeof bytes);
+}
+
+/* Says the new secret, once. */
+static void
+secret_tell(const char *name, char secret[SECRET_TEXT])
+{
+	fprintf(stderr, "tinyauth: the key of %s, shown this once; only its hash is kept:\n", name);
+	puts(secret);
+	if (fflush(stdout) != 0)
+		die(EXIT_FAILURE, "the key could not be shown: %s; make another with 'tinyauth key rotate %s'", strerror(errno), name);
+	wipe(secret, SECRET_TEXT);
+}
+
+static int
+key_add(char *const *words, size_t n)
+{
+	struct edit e;
+	struct slice text, line, name_slice, found;
+	struct key_row row;
+	struct mistake m;
+	char secret[SECRET_TEXT], hashed[HASHED_TEXT], added[1024];
+	struct out o = {added, 0, sizeof added, false};
+
+	secret_make(secret, hashed);
+	for (size_t i = 0; i < n; i++) {
+		out_text(&o, words[i]);
+		out_char(&o, ' ');
+		if (i == 0)
+			out_text(&o, hashed);
+		if (i == 0 && n > 1)
+			out_char(&o, ' ');
+	}
+	while (o.n > 0 && added[o.n - 1] == ' ')
+		o.n--;
+	if (o.full || memchr(added, '\n', o.n) != NULL || !key_line((struct slice){added, o.n}, &row, &name_slice, &m))
+		die(EX_USAGE, "key add %s: %s", words[0], o.full ? "the line is too long" : m.text);
+	text = edit_open(&e);
+	if (edit_find(text, words[0], &line, &found))
+		die(EXIT_FAILURE, "%s: there is a key '%s' already; choose another name, or 'tinyauth key rotate %s'", e.path,
+		    words[0], words[0]);
+	bool ended = text.n == 0 || text.p[text.n - 1] == '\n';
+	edit_replace(&e, (struct slice[]){text, ended ? S("") : S("\n"), {added, o.n}, S("\n")}, 4);
+	secret_tell(words[0], secret);
+	return EXIT_SUCCESS;
+}
+
+/* Opens the file and finds the key that is to be changed. */
+static struct slice
+key_find_line(struct edit *e, const char *name, struct slice *line, struct slice *secret)
+{
+	struct slice text = edit_open(e);
+
+	if (!edit_find(text, name, line, secret))
+		die(EXIT_FAILURE, "%s: there is no key '%s'; 'tinyauth key list' shows those there are", e->path, name);
+	return text;
+}
+
+static int
+key_rotate(char *const *words, size_t n)
+{
+	struct edit e;
+	struct slice line, old, text;
+	char secret[SECRET_TEXT], hashed[HASHED_TEXT];
+
+	if (n != 1)
+		die(EX_USAGE, "key rotate takes one name");
+	text = key_find_line(&e, words[0], &line, &old);
+	secret_make(secret, hashed);
+	struct slice before = {text.p, (size_t)(old.p - text.p)};
+	edit_replace(&e, (struct slice[]){before, slice_of(hashed), slice_from(text, before.n + old.n)}, 3);
+	secret_tell(words[0], secret);
+	return EXIT_SUCCESS;
+}
+
+static int
+key_remove(char *const *words, size_t n)
+{
+	struct edit e;
+	struct slice line, secret, text;
+
+	if (n != 1)
+		die(EX_USAGE, "key rm takes one name");
+	text = key_find_line(&e, words[0], &line, &secret);
+	struct slice before = {text.p, (size_t)(line.p - text.p)};
+	if (keys_count(text) == 1)
+		fprintf(stderr, "tinyauth: %s: this was the last key; a server refuses an empty file and goes on with the old keys\n",
+		    e.path);
+	edit_replace(&e, (struct slice[]){before, slice_from(text, before.n + line.n)}, 2);
+	return EXIT_SUCCESS;
+}
+
+static int
+key_list(size_t n)
+{
+	struct complaints bad = {.to = stderr, .file = config.keys};
+	struct keys_file file;
+
+	if (n != 0)
+		die(EX_USAGE, "key list takes no name");
+	if (config.keys == NULL)
+		die(EXIT_FAILURE, "no keys file: make one with 'tinyauth key add NAME', or name it with --keys");
+	if (!keys_read(config.keys, &file, &bad))
+		return EXIT_FAILURE;
+	struct slice text = {file.p, file.n};
+	edit_verify(text, config.keys);
+	while (text.n > 0) {
+		struct slice line = text_line(&text), name = line_field(&line), secret = line_field(&line), word;
+		if (name.n == 0)
+			continue;
+		printf("%.*s %s", (int)name.n, name.p, slice_starts_like(secret, S("sha256:")) ? "sha256" : "plain");
+		while ((word = line_field(&line)).n > 0)
+			printf(" %.*s", (int)word.n, word.p);
+		putchar('\n');
+	}
+	keys_unread(&file);
+	return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+static int
+command_key(char *const *words, size_t n)
+{
+	if (n >= 1 && strcmp(words[0], "list") == 0)
+		return key_list(n - 1);
+	if (n >= 2 && strcmp(words[0], "add") == 0)
+		return key_add(words + 1, n - 1);
+	if (n >= 2 && strcmp(words[0], "rotate") == 0)
+		return key_rotate(words + 1, n - 1);
+	if (n >= 2 && strcmp(words[0], "rm") == 0)
+		return key_remove(words + 1, n - 1);
+	die(EX_USAGE, "key needs one of: add NAME [attr ...], rotate NAME, rm NAME, list");
+}
+
+/* What is fixed at start for one worker, in KB: the formula at the top of this file. */
+static uint64_t
+check_memory(void)
+{
+	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * BUF_SIZE + 2 * sizeof(struct pollfd) + 64;
+
+	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
+}
+
+/* Prints what would run. Exit status 0: it would. */
+static int
+command_check(void)
+{
+	struct complaints bad = {.to = stderr, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
+	struct keys_file file = {.p = NULL};
+	size_t size;
+	int fd;
+
+	if (config.keys == NULL && !config.env_key)
+		die(EXIT_FAILURE, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
+	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))
+		return EXIT_FAILURE;
+	struct slice text = {file.p == NULL ? "" : file.p, file.n};
+	struct keys_map *map = keys_new(keys_count(text) + 1, &size, &fd);
+	bool good = keys_parse(map, text, &config, &bad);
+	complaints_end(&bad);
+	if (!good)
+		return EXIT_FAILURE;
+	if (file.p != NULL && keys_exposed(&file))
+		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", config.keys);
+	keys_unread(&file);
+	keys_flip(map);
+	printf("keys      %u from %s%s\n", map->half[1].count, config.keys != NULL ? config.keys : "",
+	    config.env_key ? config.keys != NULL ? " and TINYAUTH_KEY" : "TINYAUTH_KEY" : "");
+	for (unsigned i = 0; i < config.listens; i++)
+		printf("listen    %s\n", config.listen[i].text);
+	printf("upstream  %s (Host: %s)\n", config.upstream.text, config.upstream.host);
+	printf("workers   %llu, %llu connections each, at most %llu KB each\n", (unsigned long long)config.workers,
+	    (unsigned long long)config.max_conns, (unsigned long long)check_memory());
+	if (config.ip_rate.interval_ns == 0)
+		printf("address   no rate limit\n");
+	else
+		printf("address   one request per %g ms, burst %llu\n", (double)config.ip_rate.interval_ns / NS_PER_MS,
+		    (unsigned long long)config.ip_rate.burst);
+	printf("log       %s, %s\n", config.log != NULL ? config.log : "stderr", config.log_format == LOG_JSON ? "json" : "logfmt");
+	return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+/* ============================================================================================================= *
+ * MAIN
+ * ============================================================================================================= */
+
+int
+main(int argc, char **argv)
+{
+	bool check = argc > 1 && strcmp(argv[1], "check") == 0, key = argc > 1 && strcmp(argv[1], "key") == 0, usage;
+	char **words = calloc((size_t)argc + 1, sizeof *words);
+	struct mistake m;
+	size_t n = 0;
+
+	if (words == NULL)
+		die(EXIT_FAILURE, "no memory");
+	if (argc > 1 && (strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)) {
+		config_help(stdout);
+		return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	}
+	if (argc > 1 && (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0))
+		return puts("tinyauth " TINYAUTH_VERSION) >= 0 && fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	if (!config_read(&config, argv + 1 + (check || key), words, key ? (size_t)argc : 0, &usage, &m))
+		die(check ? EXIT_FAILURE : usage ? EX_USAGE : EX_CONFIG, "%s", m.text);
+	while (words[n] != NULL)
+		n++;
+	if (key)
+		return command_key(words, n);
+	return check ? command_check() : supervisor_run(argv);
+}

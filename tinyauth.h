@@ -1,0 +1,422 @@
+/* tinyauth.h: the nouns of tinyauth. Limits with their units, states, structs and the layout of what processes
+ * share. No function lives here; the verbs are in tinyauth.c. */
+#ifndef TINYAUTH_H
+#define TINYAUTH_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+
+#define TINYAUTH_VERSION "0.1.0"
+
+/* ---- limits ------------------------------------------------------------------------------------------------- */
+
+enum {
+	METHOD_MAX = 32,             /* bytes of a request method; longer is 501 [RFC 9110 9.1] */
+	TARGET_MAX = 8192,           /* bytes of a request target; longer is 414 [RFC 9112 3] */
+	HEAD_MAX = 16384,            /* bytes of a request head, line and fields; longer is 431 [RFC 6585 5] */
+	FIELDS_MAX = 100,            /* fields of a head; more is 431, in a response 502 */
+	OPTIONS_NAMED_MAX = 32,      /* connection options of a head; more is 431, in a response 502 [RFC 9110 7.6.1] */
+	ANSWER_HEAD_MAX = 32768,     /* bytes of a response head; longer is 502 */
+	TRAILER_MAX = 4096,          /* bytes of a body's trailer section */
+	CHUNK_DIGITS_MAX = 15,       /* hex digits of a chunk size: 60 bits, no sum of two wraps [RFC 9112 7.1] */
+	CHUNK_EXT_MAX = 256,         /* bytes of extensions of one chunk */
+	CHUNK_EXT_BODY_MAX = 4096,   /* bytes of extensions of one body */
+	LENGTH_DIGITS_MAX = 18,      /* digits of a Content-Length: below 2^60 [RFC 9110 8.6] */
+	INTERIM_RELAYED_MAX = 16,    /* 1xx answers passed on for one request; later ones are dropped */
+	INTERIM_MAX = 100,           /* 1xx answers read for one request; more is 502 */
+	PATH_KEPT = 512,             /* bytes of a path kept for the access line */
+	ID_MAX = 64,                 /* bytes of an X-Request-Id that is kept */
+	ADDR_TEXT_MAX = 46,          /* INET6_ADDRSTRLEN: a textual address and its NUL */
+
+	SLACK = 32,                  /* bytes kept free before raw bytes: a chunk line (17) always fits in front */
+	TAIL = 8,                    /* bytes kept free behind them: the CRLF that ends a chunk we made */
+	BUF_SIZE = 40960,            /* one pipe buffer: the largest head, what the rewriting adds, SLACK and TAIL */
+	ADDED_MAX = 4096,            /* of it, bytes that the rewriting of a head may add */
+	RAW_MAX = BUF_SIZE - ADDED_MAX - 2 * SLACK - TAIL,  /* bytes read ahead at most: a head, rewritten, and the rest still fit */
+	MOVES_MAX = 4,               /* full buffers one pipe moves in a turn before the others get theirs */
+
+	KEY_NAME_MAX = 64,           /* bytes of a key's name */
+	SECRET_MAX = 4096,           /* bytes of a secret */
+	KEYS_MIN = 100000,           /* keys that a fresh key table has room for */
+	KEYS_FILE_MAX = 512 << 20,   /* bytes of a keys file */
+	KEYS_ERRORS_SHOWN = 100,     /* bad lines named in one go; the rest is counted */
+
+	RATE_WAYS = 8,               /* addresses that share one set of the rate table */
+	RATE_SETS = 4096,            /* sets: 32,768 addresses are limited exactly at one time */
+
+	LOG_BUF = 65536,             /* bytes of log lines waiting in a process */
+	LOG_LINE = 4096,             /* bytes of one line: PIPE_BUF, so that lines of several workers never mix */
+
+	LISTEN_MAX = 16,             /* listeners */
+	UPSTREAM_ADDRS = 4,          /* addresses tried for one upstream name */
+	WORKERS_MAX = 256,           /* workers of a generation */
+	CHILDREN_MAX = 1024,         /* workers alive: the serving generation and all that still drain */
+	ACCEPTS_MAX = 16,            /* connections taken from one listener in a turn */
+	POLL_MANY = 32,              /* connections in a worker from which those that wait go to the epoll set */
+
+	LINGER_MS = 2000,            /* how long a closing connection is read on, so that our answer is not lost to a reset */
+	LINGER_BYTES = 8 << 20,      /* and how many bytes of it */
+	READER_MS = 60000,           /* how long bytes wait for a client that reads nothing */
+	ACCEPT_PAUSE_MS = 100,       /* no accepting for so long when descriptors or memory ran out */
+	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
+	LOG_RETRY_MS = 200,          /* a log that could not be written is tried again after so long */
+	WATCH_MS = 1000,             /* time between two looks at the keys file */
+	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
+	RESPAWN_MAX_MS = 1000,
+	YOUNG_MS = 1000              /* a worker that lived shorter died young */
+};
+
+/* ---- basics -------------------------------------------------------------------------------------------------- */
+
+/* Bytes that belong to somebody else. */
+struct slice {
+	const char *p;
+	size_t n;
+};
+
+/* A writer into a fixed place. What does not fit is left out and `full` tells; nothing is written past `max`. */
+struct out {
+	char *p;
+	size_t n, max;
+	bool full;
+};
+
+/* A socket address and how people write it. */
+struct addr {
+	struct sockaddr_storage ss;
+	socklen_t len;
+	char text[128];
+};
+
+/* ---- HTTP ---------------------------------------------------------------------------------------------------- */
+
+/* Fields that we act upon. The groups say what a rewriting does with the rest. */
+enum field_id {
+	F_OTHER,                     /* passed on */
+	F_HOP,                       /* hop-by-hop: dropped both ways [RFC 9110 7.6.1] */
+	F_FORWARDED,                 /* says who the client is: dropped from a request, passed in a response */
+	F_UNDERSCORE,                /* `_` in the name: dropped from a request, passed in a response */
+	F_HOST, F_CONTENT_LENGTH, F_TRANSFER_ENCODING, F_CONNECTION, F_AUTHORIZATION, F_X_API_KEY, F_API_KEY,
+	F_EXPECT, F_UPGRADE, F_TE, F_X_REQUEST_ID
+};
+
+struct field {
+	struct slice name, value;    /* value without the blanks around it */
+	enum field_id id;
+};
+
+/* One parsed head, of a request or a response. Its slices point into the bytes that were parsed. */
+struct head {
+	struct slice method, target; /* request: target as received, without an absolute-form's scheme and authority */
+	struct slice path;           /* request: the target before `?` */
+	struct slice host;           /* request: Host, or the authority of an absolute-form target */
+	struct slice reason;         /* response */
+	struct field field[FIELDS_MAX];
+	struct slice option[OPTIONS_NAMED_MAX];  /* connection options */
+	struct slice authorization, x_api_key, api_key, request_id;
+	uint64_t length;             /* Content-Length, when has_length */
+	const char *why;             /* what is wrong, when the parser says no */
+	int status;                  /* response */
+	unsigned fields, options;
+	uint8_t minor;               /* HTTP/1.minor: 0 or 1 */
+	bool has_host, has_length, has_authorization, has_x_api_key, has_api_key;
+	bool chunked;
+	bool close, keep_alive;      /* connection options */
+	bool option_upgrade, upgrade_websocket;
+	bool expect_continue;
+	bool te_trailers;
+	bool path_odd;               /* matches no rule but "everything": dot segments, `//`, `;`, encoded slashes */
+	bool slash_missing;          /* absolute-form with an empty path: `/` goes before the target */
+};
+
+/* How a body is framed as it comes, and as it goes on. */
+enum body_kind { BODY_NONE, BODY_LENGTH, BODY_CHUNKED, BODY_CLOSE };
+enum body_form { FORM_SAME, FORM_PLAIN, FORM_CHUNKED };  /* as it came; chunks undone; made into chunks */
+
+struct body {
+	uint64_t left;               /* bytes to come of this length or chunk */
+	uint16_t ext, ext_body;      /* extension bytes of this chunk, of all chunks */
+	uint16_t trailer;            /* bytes of the trailer section */
+	uint8_t kind, form, state, digits;
+	bool done;                   /* the body is whole; nothing more belongs to it */
+};
+
+/* Errors in the three dialects that the callers speak, see CLIENTS in the manual. */
+enum dialect { DIALECT_OPENAI, DIALECT_OLLAMA, DIALECT_ANTHROPIC };
+
+/* Why a request ended as it did. The table `REASONS` holds status, words and sentences. */
+enum reason {
+	R_NONE, R_HEALTH,
+	R_BAD_REQUEST, R_BAD_BODY, R_NO_KEY, R_BAD_KEY, R_KEY_OFF, R_METHOD, R_HEADER_TIMEOUT, R_BODY_TIMEOUT,
+	R_TARGET_LONG, R_EXPECT, R_IP_RATE, R_HEAD_LONG, R_NOT_IMPLEMENTED, R_VERSION,
+	R_CLIENT_CLOSED, R_CLIENT_STALLED, R_UPSTREAM_REFUSED, R_UPSTREAM_CONNECT_TIMEOUT, R_UPSTREAM_CLOSED,
+	R_UPSTREAM_BAD, R_UPSTREAM_TIMEOUT, R_UPSTREAM_CUT, R_IDLE, R_FULL, R_STALE, R_DRAIN,
+	REASONS_COUNT
+};
+
+/* ---- keys ---------------------------------------------------------------------------------------------------- */
+
+enum { KEY_OFF = 1 };
+
+/* One key in a half of the key table: no secret, only its SHA-256. */
+struct key_row {
+	unsigned char digest[32];
+	uint32_t name_at;            /* offset of the name in the half's text */
+	uint8_t name_len;            /* 1 to KEY_NAME_MAX */
+	uint8_t flags;               /* KEY_OFF */
+	uint16_t unused;
+};
+_Static_assert(sizeof(struct key_row) == 40, "layout shared by processes of different versions");
+
+/* One half: header; then rows, index (open addressing, row number + 1, 0 is empty) and text. */
+struct keys_half {
+	uint32_t count;              /* rows in use */
+	uint32_t mask;               /* index slots in use - 1; a power of two, at least twice the rows */
+	uint32_t text;               /* bytes of text in use */
+	uint32_t unused;
+};
+
+/* The published keys: one mapping, written by the supervisor, read-only in workers. `generation & 1` is the half that
+ * holds; a reader that sees the generation changed while it read, reads again. */
+struct keys_map {
+	uint64_t magic;              /* KEYS_MAGIC, which changes with the layout */
+	uint64_t salt;               /* odd; where in the index a digest goes is nobody's guess */
+	uint32_t capacity;           /* rows of a half */
+	uint32_t slots;              /* index slots of a half */
+	_Atomic uint32_t stale;      /* 1: a newer mapping took over and this one is not written any more: refuse all. Always at
+	                              * this offset, whatever the layout, so that an older worker hears of it */
+	uint32_t unused;
+	_Atomic uint64_t generation;
+	struct keys_half half[2];
+};
+#define KEYS_MAGIC 0x3179656b61796e74ull
+_Static_assert(offsetof(struct keys_map, stale) == 24, "stale stays where older processes look for it");
+
+/* What a worker takes along of a key that it found. */
+struct key {
+	char name[KEY_NAME_MAX + 1];
+	uint8_t flags;
+};
+
+/* ---- the shared table ---------------------------------------------------------------------------------------- */
+
+/* A GCRA limiter: one request every `interval_ns`, and `burst` more at once. interval_ns 0: no limit. */
+struct rate {
+	uint64_t interval_ns;
+	uint64_t burst;
+};
+
+struct rate_slot {
+	_Atomic uint64_t id;         /* keyed hash of an address; 0: free */
+	_Atomic uint64_t tat_ns;     /* theoretical arrival time, CLOCK_MONOTONIC */
+};
+
+struct table {
+	uint64_t magic;              /* TABLE_MAGIC, which changes with the layout */
+	uint64_t size;               /* bytes of the mapping */
+	uint64_t seed[2];            /* key of the address hash, random at creation */
+	struct rate_slot address[RATE_SETS][RATE_WAYS];
+};
+#define TABLE_MAGIC 0x316c626174796e74ull
+_Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
+
+/* ---- configuration ------------------------------------------------------------------------------------------- */
+
+enum log_format { LOG_LOGFMT, LOG_JSON };
+
+struct upstream {
+	char text[128];              /* as configured, for logs and messages */
+	char host[128];              /* what the Host field says to it */
+	struct addr addr[UPSTREAM_ADDRS];
+	unsigned addrs;
+};
+
+/* Frozen once serving starts. Times in ms. */
+struct config {
+	const char *keys;            /* path, or NULL: none given and none of the default ones exists */
+	bool keys_given;
+	bool env_key;                /* TINYAUTH_KEY was set; its digest follows */
+	unsigned char env_digest[32];
+	struct addr listen[LISTEN_MAX];
+	unsigned listens;
+	struct upstream upstream;
+	bool upstream_given;
+	uint64_t workers, max_conns;
+	struct rate ip_rate;
+	const char *log;             /* path, or NULL: stderr */
+	int log_format;
+	uint64_t header_ms, connect_ms, first_byte_ms, idle_ms, keepalive_ms, drain_ms;
+	uint64_t linger_ms, reader_ms;  /* not options: LINGER_MS and READER_MS, here because deadlines are looked up here */
+};
+
+/* ---- log ----------------------------------------------------------------------------------------------------- */
+
+struct log {
+	int fd;
+	int format;                  /* enum log_format */
+	bool regular;                /* a file: any length in one write */
+	bool socket;                 /* sent with MSG_DONTWAIT */
+	bool own;                    /* the description is ours and non-blocking */
+	size_t n;                    /* bytes waiting in buf */
+	size_t line;                 /* where the line that is being built starts */
+	uint64_t dropped;            /* lines that found no room */
+	uint64_t second;             /* the second that `date` shows */
+	char date[24];
+	char buf[LOG_BUF];
+};
+
+/* ---- connections --------------------------------------------------------------------------------------------- */
+
+/* One side of a connection. Interest in it is derived from the state on each turn. */
+struct link {
+	int fd;                      /* -1: closed */
+	short seen;                  /* poll events of this turn that nobody used up yet */
+	short watched;               /* events registered in the epoll set; 0: not there */
+	bool blocked;                /* the last write was cut short: wait for POLLOUT */
+};
+
+/* One direction. mem[start,ready) is understood and goes out next, mem[raw,end) came in and is not looked at yet.
+ * mem is NULL, one of the worker's scratch buffers (only within a turn) or a pool buffer. */
+struct pipe {
+	char *mem;
+	uint32_t start, ready, raw, end;
+	uint32_t kept;               /* with keep: where the bytes begin that may have to be sent once more */
+	bool keep;
+	bool broken;                 /* the receiving side takes nothing more */
+	uint8_t side;                /* 0: client to upstream, 1: back; chooses the scratch buffers */
+	struct body body;
+	uint64_t in, out;            /* bytes of the body taken; all bytes written */
+};
+
+enum state {
+	S_FREE,
+	S_OPEN,                      /* accepted, nothing came yet */
+	S_IDLE,                      /* between two requests */
+	S_HEAD,                      /* some of a head is there */
+	S_CONNECT,                   /* connecting upstream */
+	S_SEND,                      /* request body on its way */
+	S_WAIT,                      /* request sent, no answer yet */
+	S_RELAY,                     /* answer on its way */
+	S_TUNNEL,                    /* after 101: bytes */
+	S_FLUSH,                     /* our own answer on its way */
+	S_LINGER,                    /* answered and shut: reading on, so that no reset overtakes the answer */
+	STATES_COUNT
+};
+
+/* One request in flight. Idle connections have none. */
+struct request {
+	uint64_t begin_ns, first_ns; /* head complete; first byte of the answer. CLOCK_MONOTONIC */
+	uint64_t in;                 /* bytes of the head */
+	const char *detail;          /* of the reason: configured or constant text */
+	uint64_t retry_ms;           /* what Retry-After tells */
+	struct key key;              /* name "" until found */
+	uint16_t path_len;
+	uint8_t method_len, id_len;
+	uint16_t status;             /* sent to the client; 0: none yet */
+	uint8_t reason, dialect, interim, minor;
+	uint8_t address;             /* which of the upstream's addresses is tried */
+	bool head_method;            /* HEAD: the answer has no body */
+	bool safe_again;             /* an idempotent method: may be sent once more on a fresh connection */
+	bool reused;                 /* sent on an upstream connection that served before */
+	bool connected;              /* reached the upstream */
+	bool upgrade;                /* asked for a WebSocket */
+	bool close;                  /* the client connection ends with this request */
+	bool asked_close;            /* the client said so itself */
+	bool upstream_close;         /* the upstream connection ends with this request */
+	bool quiet;                  /* no access line */
+	char method[METHOD_MAX];
+	char id[ID_MAX];
+	char path[PATH_KEPT];
+};
+
+struct conn {
+	struct conn *next, *prev;    /* in the worker's poll list, or in the free list by `next` */
+	struct conn *young, *old;    /* in the list of those that give way when the pool is full, oldest first */
+	struct link client, upstream;
+	struct pipe req, resp;
+	struct request *request;     /* NULL between requests */
+	uint64_t deadline_ns;
+	uint64_t lingered;           /* bytes thrown away while closing */
+	uint64_t upstream_turn;      /* turn in which the upstream connection was used last */
+	uint8_t state;
+	bool parked;                 /* watched by epoll instead of being in the poll set */
+	bool quiet;                  /* nothing happened on it in this turn */
+	bool queued;                 /* among those to be stepped in this turn */
+	bool waiting;                /* in the list of those that give way */
+	bool reset;                  /* the client has to see a cut, not an end */
+	char addr[ADDR_TEXT_MAX];
+	uint64_t addr_id;            /* keyed hash of the address, IPv6 by its /64 */
+};
+_Static_assert(sizeof(struct conn) <= 512, "an idle connection costs a struct of at most 512 bytes");
+
+/* ---- processes ----------------------------------------------------------------------------------------------- */
+
+struct worker {
+	struct log *log;
+	const struct keys_map *keys;
+	struct table *table;
+	struct conn *conns;          /* max_conns of them */
+	struct request *requests;
+	struct conn *free_conn;
+	struct request **free_request;
+	char **free_buf;
+	size_t free_requests, free_bufs;
+	struct conn polled;          /* head of the ring of connections in the poll set */
+	struct conn waiting;         /* head of the ring of those that give way, oldest behind `young` */
+	struct pollfd *pfd;
+	struct conn **ready;
+	struct epoll_event *event;
+	char *scratch[2][2];         /* per direction: one that bytes are read into, one to build a head in */
+	uint64_t now_ns;             /* CLOCK_MONOTONIC, read once a turn */
+	uint64_t wall_ms;            /* CLOCK_REALTIME, likewise; for the log only */
+	uint64_t turn;
+	uint64_t sweep_ns;           /* no deadline lies before this */
+	uint64_t accept_ns;          /* no accepting before this */
+	uint64_t drain_ns;           /* when draining: the end of it */
+	uint64_t random[2], ids;     /* for request ids: key and counter */
+	size_t used;                 /* connections open */
+	size_t pollfds, readies;
+	int listener[LISTEN_MAX];
+	unsigned listeners;
+	int control;                 /* from the supervisor; its end means that it is gone */
+	int epoll;                   /* -1: none, all go in the poll set */
+	bool draining;
+	struct head head;            /* the head that is being looked at; valid within one step */
+};
+
+struct child {
+	int pid;                     /* 0: free */
+	int control;
+	int slot;                    /* number among the workers of its generation */
+	bool draining;
+	uint64_t born_ns;
+};
+
+struct supervisor {
+	struct log *log;
+	struct keys_map *keys;
+	size_t keys_size;
+	int keys_fd;                 /* memfd of keys, -1: anonymous */
+	struct table *table;
+	int table_fd;
+	int listener[LISTEN_MAX];
+	unsigned listeners;
+	struct child child[CHILDREN_MAX];
+	uint64_t respawn_ns[WORKERS_MAX];   /* when a slot is filled again; 0: it is filled */
+	uint64_t respawn_ms[WORKERS_MAX];   /* the delay that was used last */
+	struct keys_look {           /* what a look at the keys file saw */
+		uint64_t mtime_ns, size, inode, device;
+		bool there;
+	} loaded, last;
+	uint64_t look_ns, now_ns;
+	bool draining;
+	bool serving;                /* workers run: a larger key mapping needs new ones */
+	bool bound;                  /* the listeners are our own, not passed in */
+	char *const *argv;
+	const char *binary;          /* what USR2 executes */
+};
+
+#endif
