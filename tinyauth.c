@@ -231,23 +231,24 @@ hex_write(char *to, uint64_t n)
 static int
 hex_value(char c)
 {
-	if (c >= '0' && c <= '9')
-		return c - '0';
-	c = ascii_lower(c);
-	return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+	static const int8_t VALUE[256] = {
+		['0'] = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ['A'] = 11, 12, 13, 14, 15, 16, ['a'] = 11, 12, 13, 14, 15, 16};
+
+	return VALUE[(unsigned char)c] - 1;
 }
 
 /* All of `s` as hex into `to`, which takes s.n / 2 bytes. */
 static bool
 hex_read(unsigned char *to, struct slice s)
 {
+	int bad = 0;
+
 	for (size_t i = 0; i + 1 < s.n; i += 2) {
 		int high = hex_value(s.p[i]), low = hex_value(s.p[i + 1]);
-		if (high < 0 || low < 0)
-			return false;
-		to[i / 2] = (unsigned char)(high << 4 | low);
+		bad |= high | low;
+		to[i / 2] = (unsigned char)((unsigned)high << 4 | (unsigned)low);
 	}
-	return s.n % 2 == 0;
+	return bad >= 0 && s.n % 2 == 0;
 }
 
 static bool
@@ -985,17 +986,17 @@ config_set(struct config *cfg, const struct option_row *row, const char *value, 
 	return false;
 }
 
-/* `header-timeout` is TINYAUTH_HEADER_TIMEOUT in the environment. */
-static const char *
-option_environment(const struct option_row *row)
-{
-	char name[64] = "TINYAUTH_";
-	size_t n = strlen(name);
+enum { VARIABLE_MAX = 64 };
 
-	for (const char *c = row->name; *c != '\0' && n < sizeof name - 1; c++)
+/* `header-timeout` is TINYAUTH_HEADER_TIMEOUT in the environment. */
+static void
+option_variable(const struct option_row *row, char name[VARIABLE_MAX])
+{
+	size_t n = strlen(strcpy(name, "TINYAUTH_"));
+
+	for (const char *c = row->name; *c != '\0' && n < VARIABLE_MAX - 1; c++)
 		name[n++] = *c == '-' ? '_' : (char)(*c & ~0x20);
 	name[n] = '\0';
-	return getenv(name);
 }
 
 /* Repeatable ones are comma-separated there. */
@@ -1109,6 +1110,7 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 {
 	uint64_t given = 0;
 	struct mistake why;
+	char variable[VARIABLE_MAX];
 
 	*cfg = (struct config){.linger_ms = LINGER_MS, .reader_ms = READER_MS};
 	*usage = true;
@@ -1120,12 +1122,13 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 	}
 	*usage = false;
 	for (size_t i = 0; i < LENGTH(OPTIONS); i++) {
-		const char *value = given >> i & 1 ? NULL : option_environment(&OPTIONS[i]);
+		option_variable(&OPTIONS[i], variable);
+		const char *value = given >> i & 1 ? NULL : getenv(variable);
 		bool named = value != NULL;
 		if (!named && !(given >> i & 1))
 			value = OPTIONS[i].initial;
 		if (value != NULL && !config_environment(cfg, &OPTIONS[i], value, &why))
-			return mistake_is(m, "%s%s: %s", named ? "in the environment: --" : "--", OPTIONS[i].name, why.text);
+			return mistake_is(m, "%s%s: %s", named ? "" : "--", named ? variable : OPTIONS[i].name, why.text);
 	}
 	if (!config_env_key(cfg, &why))
 		return mistake_is(m, "TINYAUTH_KEY: %s", why.text);
@@ -1293,14 +1296,17 @@ complaints_end(const struct complaints *c)
 static struct slice
 line_field(struct slice *line)
 {
-	while (line->n > 0 && (line->p[0] == ' ' || line->p[0] == '\t'))
-		*line = slice_from(*line, 1);
-	if (line->n > 0 && line->p[0] == '#')
-		*line = slice_from(*line, line->n);
-	struct slice field = {line->p, 0};
-	while (field.n < line->n && line->p[field.n] != ' ' && line->p[field.n] != '\t')
-		field.n++;
-	*line = slice_from(*line, field.n);
+	const char *p = line->p, *end = line->p + line->n;
+
+	while (p < end && (*p == ' ' || *p == '\t'))
+		p++;
+	if (p < end && *p == '#')
+		p = end;
+	struct slice field = {p, 0};
+	while (p < end && *p != ' ' && *p != '\t')
+		p++;
+	field.n = (size_t)(p - field.p);
+	*line = (struct slice){p, (size_t)(end - p)};
 	return field;
 }
 
@@ -1339,27 +1345,25 @@ key_attribute(struct slice attribute, struct key_row *row, struct mistake *m)
 	    (int)(attribute.n < 64 ? attribute.n : 64), attribute.p);
 }
 
-/* Fills `row` and `name` from one line that is neither blank nor a comment. */
+/* Fills `row` from one line: its name and the fields behind that. */
 static bool
-key_line(struct slice line, struct key_row *row, struct slice *name, struct mistake *m)
+key_line(struct slice name, struct slice line, struct key_row *row, struct mistake *m)
 {
 	struct slice field;
 
-	*row = (struct key_row){.flags = 0};
-	*name = line_field(&line);
-	if (slice_equal(*name, S("*")))
+	*row = (struct key_row){.name_len = (uint8_t)name.n};
+	if (slice_equal(name, S("*")))
 		return mistake_is(m, "defaults for all keys ('*') are not known to this version; remove the line");
-	if (!key_name_good(*name))
+	if (!key_name_good(name))
 		return mistake_is(m, "a name must be 1 to %d of the characters A-Z a-z 0-9 . _ @ -; rename the key", KEY_NAME_MAX);
 	field = line_field(&line);
 	if (field.n == 0)
-		return mistake_is(m, "the key '%.*s' has no secret; write NAME SECRET", (int)name->n, name->p);
+		return mistake_is(m, "the key '%.*s' has no secret; write NAME SECRET", (int)name.n, name.p);
 	if (!secret_read(field, row->digest, m))
 		return false;
 	while ((field = line_field(&line)).n > 0)
 		if (!key_attribute(field, row, m))
 			return false;
-	row->name_len = (uint8_t)name->n;
 	return true;
 }
 
@@ -1372,7 +1376,7 @@ names_slot(const struct keys_map *map, unsigned half, uint32_t *names, struct sl
 
 	for (size_t i = 0; i < name.n; i++)
 		hash = (hash ^ (unsigned char)name.p[i]) * 0x100000001b3ull;
-	for (slot = (uint32_t)(hash >> 32) & mask; names[slot] != 0; slot = (slot + 1) & mask) {
+	for (slot = (uint32_t)(hash * map->salt >> 32) & mask; names[slot] != 0; slot = (slot + 1) & mask) {
 		const struct key_row *row = &keys_rows(map, half)[names[slot] - 1];
 		if (slice_equal((struct slice){keys_text(map, half) + row->name_at, row->name_len}, name))
 			break;
@@ -1405,7 +1409,18 @@ keys_insert(struct keys_map *map, unsigned half, uint32_t *names, struct key_row
 	return true;
 }
 
-/* Lines that hold something: an upper bound for the keys of a file. */
+/* Lines: an upper bound for the keys of a file. */
+static uint64_t
+keys_lines(struct slice text)
+{
+	uint64_t n = 0;
+
+	for (; text.n > 0; n++)
+		text_line(&text);
+	return n;
+}
+
+/* Lines that hold something. */
 static uint64_t
 keys_count(struct slice text)
 {
@@ -1419,16 +1434,15 @@ keys_count(struct slice text)
 }
 
 /* Reads a file's text into the half that is not published. False: there were complaints, and nothing may be published.
- * The mapping must have room for keys_count(text) + 1 keys. */
+ * The mapping must have room for keys_lines(text) + 1 keys. */
 static bool
 keys_parse(struct keys_map *map, struct slice text, const struct config *cfg, struct complaints *bad)
 {
 	unsigned half = (atomic_load(&map->generation) + 1) & 1;
-	uint64_t slots = keys_slots(keys_count(text) + 1), before = bad->n;
+	uint64_t slots = keys_slots(keys_lines(text) + 1), before = bad->n;
 	struct keys_half *h = &map->half[half];
 	struct mistake m;
 	struct key_row row;
-	struct slice name;
 
 	*h = (struct keys_half){.mask = (uint32_t)slots - 1};
 	memset(keys_index(map, half), 0, slots * sizeof(uint32_t));
@@ -1439,10 +1453,10 @@ keys_parse(struct keys_map *map, struct slice text, const struct config *cfg, st
 		keys_insert(map, half, names, row, S("env"), &m);
 	}
 	for (uint64_t number = 1; text.n > 0; number++) {
-		struct slice line = text_line(&text), peek = line;
-		if (line_field(&peek).n == 0)
+		struct slice line = text_line(&text), name = line_field(&line);
+		if (name.n == 0)
 			continue;
-		if (!key_line(line, &row, &name, &m) || !keys_insert(map, half, names, row, name, &m))
+		if (!key_line(name, line, &row, &m) || !keys_insert(map, half, names, row, name, &m))
 			complain(bad, number, "%s", m.text);
 	}
 	munmap(names, slots * sizeof *names);
@@ -3730,7 +3744,7 @@ relay_request(struct worker *w, struct conn *c)
 	struct pipe *p = &c->req;
 	uint64_t before = p->out;
 
-	if (p->broken || (p->body.done && !pipe_waits(p)))
+	if (p->broken)
 		return STEP_AGAIN;
 	enum move move = pipe_move(w, p, &c->client, &c->upstream);
 	if (p->out != before)
@@ -3807,6 +3821,8 @@ relay_final(struct worker *w, struct conn *c)
 	r->status = (uint16_t)h->status;
 	r->first_ns = w->now_ns;
 	r->upstream_close = h->close || h->minor == 0 || b.kind == BODY_CLOSE;
+	if (!c->req.body.done && (c->req.broken || r->upstream_close))
+		r->close = true;
 	if (w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
 		r->close = true;
 	struct slice connection = r->close ? S("close") : r->minor == 0 ? S("keep-alive") : S("");
@@ -4689,7 +4705,7 @@ supervisor_parse(struct supervisor *s, struct complaints *bad, size_t *size, int
 	if (file.p != NULL)
 		s->loaded = s->last = look_of(&file.st);
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
-	uint64_t rows = keys_count(text) + 1;
+	uint64_t rows = keys_lines(text) + 1;
 	if (map == NULL || rows > map->capacity)
 		map = keys_new(2 * rows, size, fd);
 	bool good = keys_parse(map, text, &config, bad);
@@ -5119,7 +5135,7 @@ edit_verify(struct slice text, const char *path)
 
 	if (keys_count(text) == 0)
 		return;
-	if (!keys_parse(keys_new(keys_count(text) + 1, &size, &fd), text, &plain, &bad)) {
+	if (!keys_parse(keys_new(keys_lines(text) + 1, &size, &fd), text, &plain, &bad)) {
 		complaints_end(&bad);
 		die(EXIT_FAILURE, "%s: not changed: mend it first", path);
 	}
@@ -5260,7 +5276,7 @@ static int
 key_add(char *const *words, size_t n)
 {
 	struct edit e;
-	struct slice text, line, name_slice, found;
+	struct slice text, line, found;
 	struct key_row row;
 	struct mistake m;
 	char secret[SECRET_TEXT], hashed[HASHED_TEXT], added[1024];
@@ -5277,8 +5293,11 @@ key_add(char *const *words, size_t n)
 	}
 	while (o.n > 0 && added[o.n - 1] == ' ')
 		o.n--;
-	if (o.full || memchr(added, '\n', o.n) != NULL || !key_line((struct slice){added, o.n}, &row, &name_slice, &m))
-		die(EX_USAGE, "key add %s: %s", words[0], o.full ? "the line is too long" : m.text);
+	struct slice fields = {added, o.n}, name = line_field(&fields);
+	if (o.full || !slice_equal(name, slice_of(words[0])) || memchr(added, '\n', o.n) != NULL)
+		die(EX_USAGE, "key add: '%s' and its attributes do not make one line of a keys file", words[0]);
+	if (!key_line(name, fields, &row, &m))
+		die(EX_USAGE, "key add %s: %s", words[0], m.text);
 	text = edit_open(&e);
 	if (edit_find(text, words[0], &line, &found))
 		die(EXIT_FAILURE, "%s: there is a key '%s' already; choose another name, or 'tinyauth key rotate %s'", e.path,
@@ -5398,7 +5417,7 @@ command_check(void)
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))
 		return EXIT_FAILURE;
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
-	struct keys_map *map = keys_new(keys_count(text) + 1, &size, &fd);
+	struct keys_map *map = keys_new(keys_lines(text) + 1, &size, &fd);
 	bool good = keys_parse(map, text, &config, &bad);
 	complaints_end(&bad);
 	if (!good)
@@ -5444,7 +5463,7 @@ main(int argc, char **argv)
 	if (argc > 1 && (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0))
 		return puts("tinyauth " TINYAUTH_VERSION) >= 0 && fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (!config_read(&config, argv + 1 + (check || key), words, key ? (size_t)argc : 0, &usage, &m))
-		die(check ? EXIT_FAILURE : usage ? EX_USAGE : EX_CONFIG, "%s", m.text);
+		die(usage ? EX_USAGE : check ? EXIT_FAILURE : EX_CONFIG, "%s", m.text);
 	while (words[n] != NULL)
 		n++;
 	if (key)

@@ -958,8 +958,9 @@ def test_cut_answers_are_seen_as_cut(lab):
         client = tinyauth.connect()
         with is_cut(client):
             client.ask("GET", target)
-        assert client.answer is None or pattern(1000).startswith(client.answer.body), f"{target}: other bytes"
-    same({record["reason"] for record in tinyauth.access(len(targets))}, {"upstream_closed"}, "logged reasons")
+        assert client.answer is None or (pattern(500) * 2).startswith(client.answer.body[500:]) and \
+            pattern(1000).startswith(client.answer.body[:500]), f"{target}: other bytes"
+    same({record["reason"] for record in tinyauth.access(len(targets))}, {"upstream_cut"}, "logged reasons")
 
 
 def test_cut_answer_is_seen_by_http_1_0(lab):
@@ -1222,7 +1223,7 @@ def test_reader_that_does_not_read_stops_the_sender(lab):
 @alone
 def test_model_that_does_not_read_stops_the_client(lab):
     """A model that does not read a 1 GB body: the client cannot send on, and memory stays."""
-    tinyauth = lab.tinyauth()
+    tinyauth = lab.tinyauth("--idle-timeout", "1500ms")   # a client that leaves behind a full window is not seen
     tinyauth.ask("POST", "/t/sink", body=pattern(4000000))
     before = tinyauth.memory()
     client = tinyauth.connect()
@@ -1955,8 +1956,9 @@ def test_key_add(lab):
     if os.geteuid() == 0:
         os.chown(path, 1234, 2345)
     before = path.stat()
-    first, second = new_secret(lab, lab.key("add", "dora")), new_secret(lab, lab.key("add", "emil", "off"))
-    after = path.stat()
+    with path.open():   # keeps its inode number from being given to the new file
+        first, second = new_secret(lab, lab.key("add", "dora")), new_secret(lab, lab.key("add", "emil", "off"))
+        after = path.stat()
     same((after.st_mode, after.st_uid, after.st_gid), (before.st_mode, before.st_uid, before.st_gid), "mode and owner")
     assert after.st_ino != before.st_ino, "the file was written in place"
     assert path.read_text().startswith(KEYS + "# end\n"), "other lines changed"
@@ -2302,13 +2304,13 @@ def test_access_line(lab):
 def test_json_log_is_json_throughout(lab):
     """With --log-format json every line is an object with typed numbers, events as well."""
     tinyauth = lab.tinyauth("--log-format", "json")
-    tinyauth.ask("GET", '/t/echo/"=b\'c')
+    tinyauth.ask("GET", '/nothing/"=b\'c')
     tinyauth.access()
     records = [json.loads(line) for _, line in tinyauth.lines]
     same({"listening", "ready"} <= {record.get("event") for record in records}, True, "events")
     access = [record for record in records if "method" in record][0]
     same((access["status"], type(access["ms"])), (404, float), "types")
-    same(access["path"], '/t/echo/"=b\'c', "path")
+    same(access["path"], '/nothing/"=b\'c', "path")
 
 
 def test_log_escapes(lab):

@@ -38,7 +38,6 @@ function requestJudge() {
   for (const event of ['request', 'checkContinue', 'checkExpectation']) server.on(event, read);
   server.on('clientError', (error, socket) => {
     socket.seen.end ??= error.code === 'HPE_INVALID_EOF_STATE' || error.code === 'ECONNRESET' ? '~' : '!';
-    socket.destroy();
   });
 
   return async (bytes) => {
@@ -60,7 +59,7 @@ function requestJudge() {
 function readResponse(method, ending, bytes) {
   return new Promise((resolve) => {
     const socket = recorded(bytes);
-    const request = http.request({ method, host: 'x', agent: false, maxHeaderSize: HEAD_MAX, createConnection: () => socket });
+    const request = http.request({ method, host: 'x', maxHeaderSize: HEAD_MAX, createConnection: () => socket });
     let status;
     const over = (text) => {
       resolve(text);

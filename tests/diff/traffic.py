@@ -159,6 +159,12 @@ async def read_answers(stream, reader, answered, last_move):
 
 # Responses
 
+def reset(transport):
+    if not transport.is_closing():
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+
+
 class Hostile(asyncio.Protocol):
     """An upstream that answers the first request of a script with its bytes, and the second one well."""
 
@@ -186,9 +192,7 @@ class Hostile(asyncio.Protocol):
             self.transport.close()
         elif script.end == "reset":
             await asyncio.sleep(0.01)
-            sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
+            reset(self.transport)
 
     async def answer_well(self, index):
         body = second_body(index)

@@ -294,7 +294,8 @@ class Upstream:
 
     def send_scripted(self, request, answer):
         self.silent = answer.only
-        self.tunnel = bool(request.values("Upgrade")) and answer.pieces[:1] != [] and b" 101 " in answer.pieces[0][:14]
+        head = b"".join(piece for piece in answer.pieces if isinstance(piece, bytes))
+        self.tunnel = bool(request.values("Upgrade")) and head.startswith(b"HTTP/1.1 101 ")
         self.sender.push(answer.pieces)
         if self.tunnel:
             self.at = request.end
