@@ -1794,30 +1794,49 @@ host_literal_good(struct slice literal)
 	return memchr(text, '\0', literal.n - 2) == NULL && inet_pton(AF_INET6, text, &a) == 1;
 }
 
-/* Host, or an absolute target's authority: reg-name or [IPv6], and a port. [r10] */
-static bool
-host_good(struct slice host)
+/* How far a reg-name goes [RFC 3986 3.2.2]; SIZE_MAX: a byte that none has. A percent sign that is not whole yet ends it. */
+static size_t
+host_name_length(struct slice host)
 {
-	const char *colon = host.n > 0 && host.p[0] == '[' ? memchr(host.p, ']', host.n) : host.p - 1;
+	size_t i = 0;
+
+	while (i < host.n && host.p[i] != ':') {
+		if (host.p[i] != '%' && !is_class(host.p[i], C_HOST))
+			return SIZE_MAX;
+		for (size_t digit = 1; host.p[i] == '%' && digit <= 2; digit++)
+			if (i + digit == host.n)
+				return i;
+			else if (hex_value(host.p[i + digit]) < 0)
+				return SIZE_MAX;
+		i += host.p[i] == '%' ? 3 : 1;
+	}
+	return i > 0 || host.n == 0 ? i : SIZE_MAX;
+}
+
+/* Host, or an absolute target's authority: reg-name or [IPv6], and a port. When it is not `whole`: could it still become
+ * one? [r10] */
+static bool
+host_good(struct slice host, bool whole)
+{
 	size_t n;
 
-	if (host.n == 0 || colon == NULL)
-		return false;
-	colon = memchr(colon + 1, ':', host.n - (size_t)(colon + 1 - host.p));
-	n = colon == NULL ? host.n : (size_t)(colon - host.p);
-	if (colon != NULL && !port_good(slice_from(host, n + 1)))
-		return false;
-	if (host.p[0] == '[')
-		return host_literal_good((struct slice){host.p, n});
-	for (size_t i = 0; i < n; i++) {
-		if (host.p[i] == '%') {
-			if (n - i < 3 || hex_value(host.p[i + 1]) < 0 || hex_value(host.p[i + 2]) < 0)
+	if (host.n == 0)
+		return !whole;
+	if (host.p[0] == '[') {
+		for (n = 1; n < host.n && host.p[n] != ']'; n++)
+			if (hex_value(host.p[n]) < 0 && host.p[n] != ':' && host.p[n] != '.')
 				return false;
-			i += 2;
-		} else if (!is_class(host.p[i], C_HOST))
+		if (n == host.n)
+			return !whole;
+		if (!host_literal_good((struct slice){host.p, ++n}))
 			return false;
-	}
-	return n > 0;
+	} else if ((n = host_name_length(host)) == SIZE_MAX)
+		return false;
+	if (n == host.n)
+		return true;
+	if (host.p[n] == '%')
+		return !whole;
+	return host.p[n] == ':' && port_good(slice_from(host, n + 1));
 }
 
 /* The byte of a path at `i`, percent-decoded once; `*used` says how many bytes it took. */
@@ -1909,9 +1928,9 @@ target_scheme_begins(struct slice target)
 	       slice_like((struct slice){target.p, n < 7 ? n : 7}, (struct slice){"http://", n < 7 ? n : 7});
 }
 
-/* Takes scheme and authority off an absolute-form target; the authority is the host from now on. [r5] */
+/* The authority of an absolute-form target; not `whole`, of what there is of one. */
 static int
-head_authority(struct head *h, size_t scheme)
+head_authority(struct head *h, size_t scheme, bool whole)
 {
 	struct slice rest = slice_from(h->target, scheme);
 	size_t n = 0;
@@ -1919,11 +1938,7 @@ head_authority(struct head *h, size_t scheme)
 	while (n < rest.n && rest.p[n] != '/' && rest.p[n] != '?')
 		n++;
 	h->host = (struct slice){rest.p, n};
-	if (!host_good(h->host))
-		return head_bad(h, 400, "the target's authority is not HOST or HOST:PORT");
-	h->target = slice_from(rest, n);
-	h->slash_missing = h->target.n == 0 || h->target.p[0] == '?';
-	return 1;
+	return host_good(h->host, whole || n < rest.n) ? 1 : head_bad(h, 400, "the target's authority is not HOST or HOST:PORT");
 }
 
 /* The bytes of a target up to its blank; `path` is what stands before `?`. */
@@ -1962,13 +1977,17 @@ head_target(struct head *h, struct cursor *c)
 	            (slice_equal(h->method, S("OPTIONS")) || slice_equal(h->method, S("PRI")));
 	if (*from != '/' && !star && !target_scheme_begins(h->target))
 		return head_bad(h, 400, "the target is neither a path nor an http URL");
+	size_t scheme = target_scheme(h->target);
+	if (scheme > 0 && head_authority(h, scheme, good != MORE) < 0)
+		return -400;
 	if (good == MORE)
 		return MORE;
-	size_t scheme = target_scheme(h->target);
 	if (*from != '/' && !star && scheme == 0)
 		return head_bad(h, 400, "the target is neither a path nor an http URL");
-	if (scheme > 0 && (good = head_authority(h, scheme)) < 0)
-		return good;
+	if (scheme > 0) {            /* on it goes in origin-form [r5] */
+		h->target = slice_from(h->target, scheme + h->host.n);
+		h->slash_missing = h->target.n == 0 || h->target.p[0] == '?';
+	}
 	const char *query = memchr(h->target.p, '?', h->target.n);
 	h->path = query == NULL ? h->target : (struct slice){h->target.p, (size_t)(query - h->target.p)};
 	if (h->slash_missing)
@@ -2122,12 +2141,13 @@ field_length(struct head *h, struct slice value, bool request)
 
 	if (!number_read(value, &n))
 		return head_bad(h, 400, "Content-Length is not a number of 1 to 18 digits");
-	if (h->has_length && (request || n != h->length))
+	if (h->has_length && (request || !slice_equal(value, h->length_text)))
 		return head_bad(h, 400, "Content-Length is given twice");
 	if (h->chunked)
 		return head_bad(h, 400, "Content-Length and Transfer-Encoding are given together");
 	h->has_length = true;
 	h->length = n;
+	h->length_text = value;
 	return 1;
 }
 
@@ -2175,7 +2195,7 @@ field_request(struct head *h, const struct field *f)
 		if (h->has_host)
 			return head_bad(h, 400, "Host is given twice");
 		h->has_host = true;
-		if (!host_good(f->value))
+		if (!host_good(f->value, true))
 			return head_bad(h, 400, "Host is not HOST or HOST:PORT");
 		if (h->host.n == 0)
 			h->host = f->value;
@@ -2257,7 +2277,7 @@ static void
 head_clear(struct head *h)
 {
 	memset(h, 0, offsetof(struct head, field));
-	memset((char *)h + offsetof(struct head, authorization), 0, sizeof *h - offsetof(struct head, authorization));
+	memset((char *)h + offsetof(struct head, length_text), 0, sizeof *h - offsetof(struct head, length_text));
 }
 
 /* A limit that was passed outranks "more": the rest of such a head is not waited for. */
@@ -3228,8 +3248,10 @@ static enum move
 pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
 {
 	for (int reads = 0;; reads++) {
-		if (p->raw < p->end && !p->body.done && !pipe_run(p))
+		if (p->raw < p->end && !p->body.done && !pipe_run(p)) {
+			pipe_flush(p, to);   /* what was good before it, such as the head */
 			return MOVE_BAD;
+		}
 		int flushed = pipe_flush(p, to);
 		if (flushed <= 0)
 			return flushed < 0 ? MOVE_TO_FAILED : MOVE_WAIT;
@@ -3392,8 +3414,9 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 	r->safe_again = r->head_method || slice_equal(h->method, S("GET")) || slice_equal(h->method, S("OPTIONS")) ||
 	                slice_equal(h->method, S("PUT")) || slice_equal(h->method, S("DELETE"));
 	r->asked_close = h->close || (h->minor == 0 && !h->keep_alive);
-	r->close = r->asked_close || w->draining;
 	c->req.body = head_body(h);
+	r->close = r->asked_close || w->draining;
+	r->expects = h->expect_continue && !c->req.body.done;
 	c->req.raw += (uint32_t)n;
 	c->req.in = c->req.out = c->resp.in = c->resp.out = 0;
 	c->req.broken = false;
@@ -3464,6 +3487,7 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 	char seconds[21];
 	struct out wait = {seconds, 0, sizeof seconds, false};
 
+	r->close |= r->expects;              /* whether the body still comes is the client's guess [r17] */
 	if (pipe_waits(&c->resp)) {          /* half of an interim answer is out: nothing can follow it */
 		request_end(w, c, reason);
 		return STEP_CLOSE;
@@ -3471,7 +3495,7 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 	r->reason = (uint8_t)reason;
 	r->status = REASONS[reason].status;
 	r->quiet = reason == R_HEALTH;
-	if (!request_swallow(c))
+	if (reason == R_BAD_BODY || !request_swallow(c))
 		r->close = true;
 	out_number(&wait, (r->retry_ms + 999) / 1000);
 	struct verdict v = {.reason = reason, .dialect = r->dialect, .id = {r->id, r->id_len}, .retry_ms = r->retry_ms,

@@ -116,6 +116,7 @@ struct head {
 	struct slice reason;         /* response */
 	struct field field[FIELDS_MAX];
 	struct slice option[OPTIONS_NAMED_MAX];  /* connection options */
+	struct slice length_text;    /* Content-Length as it was spelled */
 	struct slice authorization, x_api_key, api_key, request_id;
 	uint64_t length;             /* Content-Length, when has_length */
 	const char *why;             /* what is wrong, when the parser says no */
@@ -323,6 +324,7 @@ struct request {
 	bool reused;                 /* sent on an upstream connection that served before */
 	bool connected;              /* reached the upstream */
 	bool upgrade;                /* asked for a WebSocket */
+	bool expects;                /* asked for 100-continue, with a body to come */
 	bool close;                  /* the client connection ends with this request */
 	bool asked_close;            /* the client said so itself */
 	bool upstream_close;         /* the upstream connection ends with this request */

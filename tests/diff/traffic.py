@@ -267,9 +267,9 @@ class Exchanges:
     def segments(self):
         """(method, how the connection stood afterwards, bytes) of each exchange that began."""
         edges = [*self.starts, len(self.data)]
-        methods = [self.script.method, "GET"]
         pieces = [bytes(self.data[a:b]) for a, b in zip(edges, edges[1:])]
         if len(pieces) > 2 and pieces[2]:
             self.trouble = f"the client gets a third answer: {wire.shown(pieces[2])}"
-        used = [(method, piece) for method, piece in zip(methods, pieces) if piece or method is methods[0]]
-        return [(method, self.ending if i == len(used) - 1 else OPEN, piece) for i, (method, piece) in enumerate(used)]
+        count = 2 if len(pieces) > 1 and pieces[1] else 1
+        endings = [OPEN] * (count - 1) + [self.ending]
+        return list(zip((self.script.method, "GET"), endings, pieces))

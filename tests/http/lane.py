@@ -212,9 +212,9 @@ class Sender:
 
     def obey(self, mark, now):
         word, _, rest = mark.partition(" ")
-        if word.isdigit() or word in ("forwarded", "whole"):
+        if word.isdigit() or word in ("answered", "forwarded", "whole"):
             return self.exchange.has_come(word)
-        if not self.drained(now):
+        if word not in ("fin", "close") and not self.drained(now):
             return False
         if word in ("wait", "quiet", "silence"):
             return self.pause(word, seconds(rest), now)
@@ -424,6 +424,8 @@ class Exchange:
             return self.heads > 0 or self.refused()
         if what == "whole":
             return bool([r for r, _ in self.requests if r.target not in OWN_TARGETS]) or self.refused()
+        if what == "answered":
+            return len(self.finals()) > (self.way == "pipelined") or self.refused()
         heads = self.responses + ([self.partial] if self.partial else [])
         return any(r.status == int(what) and self.past_good(r) for r in heads) or self.refused()
 
@@ -449,7 +451,7 @@ class Exchange:
 
     def client_is_done(self):
         if self.end in ("gone", "cut", "close"):
-            return self.ended or (self.end == "gone" and self.sender.dead)
+            return self.ended or (self.end == "gone" and self.sender.dead) or (self.end == "cut" and self.is_bad_gateway())
         if self.ended:
             return True
         if len(self.finals()) < self.wanted_finals():
@@ -459,6 +461,9 @@ class Exchange:
         if self.end == "tunnel":
             return self.tunnel_is_done()
         return self.probe_is_done()
+
+    def is_bad_gateway(self):
+        return bool(self.responses) and self.responses[-1].status == 502 and self.partial is None
 
     def tunnel_is_done(self):
         wanted = [f.tunnel for f in self.case.forwarded if f.tunnel is not None]

@@ -183,7 +183,7 @@ def judge_end(exchange):
         return ["the connection was reset"]
     if exchange.end == "open" and exchange.ended:
         return ["the connection was closed"]
-    if exchange.end == "cut" and got_whole:
+    if exchange.end == "cut" and got_whole and not exchange.is_bad_gateway():
         return ["the answer is not visibly cut"]
     if exchange.end in ("open", "any", "close", "leave") and not got_whole and exchange.tunnel is None:
         return [f"the client got, besides whole answers, {shown(exchange.got[exchange.at:])}"]
