@@ -1,7 +1,7 @@
 # make                   ./tinyauth, static, with musl and BearSSL
 # make CC=gcc STATIC=    dynamic, with the system's own libc
 # make SANITIZE=1        with address and undefined behaviour sanitizers
-# make demo | test | test-clients | test-diff | test-http | fuzz | install | uninstall | clean
+# make demo | test | test-http | test-clients | test-diff | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -17,7 +17,7 @@ CC := $(if $(filter musl-gcc,$(CC)),gcc,$(CC))
 STATIC :=
 endif
 
-CFLAGS ?= -O2 -g
+CFLAGS ?= -O2 -g -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 HARDENING = -fstack-protector-strong -fstack-clash-protection -fno-strict-aliasing -D_FORTIFY_SOURCE=2
 ifneq ($(SANITIZE),)
 HARDENING = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
@@ -30,10 +30,56 @@ ALL_CFLAGS = -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototy
 	$(HARDENING) $(CFLAGS) $(BEARSSL_CFLAGS)
 ALL_LDFLAGS = $(STATIC) -Wl,-z,relro,-z,now,-z,noexecstack -Wl,--gc-sections $(LDFLAGS)
 
-tinyauth: tinyauth.c tinyauth.h Makefile
-	$(CC) $(ALL_CFLAGS) -o $@ tinyauth.c $(ALL_LDFLAGS) $(BEARSSL_LIBS)
+COMPILE = $(CC) $(ALL_CFLAGS)
+LINK = $(ALL_LDFLAGS) $(BEARSSL_LIBS)
+
+tinyauth: tinyauth.c tinyauth.h build/flags
+	$(COMPILE) -o $@ tinyauth.c $(LINK)
+
+build/unit: tests/unit.c tinyauth.c tinyauth.h build/flags
+	$(COMPILE) -Wno-unused-function -o $@ tests/unit.c $(LINK)
+
+# Changes when the flags do, so that a build with others is never taken for this one.
+build/flags: force
+	@mkdir -p build
+	@echo '$(COMPILE) $(LINK)' | cmp -s - $@ || echo '$(COMPILE) $(LINK)' >$@
+
+demo: tinyauth
+	sh tests/demo.sh
+
+test: tinyauth build/unit
+	UNIT_TESTS=build/unit sh test.sh
+
+test-http: tinyauth
+	python3 tests/http/run.py
+
+test-clients: tinyauth
+	sh tests/clients/run.sh
+
+# N mutated requests, made from SEED, read by the parsers of five servers.
+N ?= 20000
+SEED ?= 1
+test-diff: tinyauth
+	N=$(N) SEED=$(SEED) sh tests/diff/run.sh
+
+lint:
+	mandoc -Tlint man/tinyauth.8 man/tinyauth-keys.5
+	shellcheck test.sh tests/*.sh tests/*/*.sh .ci/run
+
+install: tinyauth
+	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)$(PREFIX)/share/man/man8 $(DESTDIR)$(PREFIX)/share/man/man5
+	install -d $(DESTDIR)$(PREFIX)/share/doc/tinyauth
+	install -m 755 -s tinyauth $(DESTDIR)$(PREFIX)/sbin/tinyauth
+	install -m 644 man/tinyauth.8 $(DESTDIR)$(PREFIX)/share/man/man8/tinyauth.8
+	install -m 644 man/tinyauth-keys.5 $(DESTDIR)$(PREFIX)/share/man/man5/tinyauth-keys.5
+	install -m 644 keys.example README.md LICENSE $(DESTDIR)$(PREFIX)/share/doc/tinyauth
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/sbin/tinyauth
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man8/tinyauth.8 $(DESTDIR)$(PREFIX)/share/man/man5/tinyauth-keys.5
+	rm -rf $(DESTDIR)$(PREFIX)/share/doc/tinyauth
 
 clean:
 	rm -rf tinyauth build
 
-.PHONY: clean
+.PHONY: demo test test-http test-clients test-diff lint install uninstall clean force

@@ -459,6 +459,29 @@ log_ms(struct log *log, struct out *o, const char *name, uint64_t ns)
 	out_ms(o, ns);
 }
 
+/* Seconds since 1970 as `2026-11-23T03:12:00`. Days count from 1 March of year 0, so that a leap day ends its year. */
+static void
+date_write(char date[24], uint64_t second)
+{
+	uint64_t day = second / 86400 + 719468, era = day / 146097, of_era = day % 146097;
+	uint64_t year = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
+	uint64_t of_year = of_era - (365 * year + year / 4 - year / 100);
+	uint64_t march = (5 * of_year + 2) / 153, month = march < 10 ? march + 3 : march - 9;
+
+	const uint64_t pairs[] = {(era * 400 + year + (month <= 2)) / 100, (era * 400 + year + (month <= 2)), month,
+	    of_year - (153 * march + 2) / 5 + 1, second / 3600 % 24, second / 60 % 60, second % 60};
+
+	static const char BEHIND[LENGTH(pairs)] = {'\0', '-', '-', 'T', ':', ':', '\0'};
+
+	for (size_t i = 0; i < LENGTH(pairs); i++) {
+		*date++ = (char)('0' + pairs[i] / 10 % 10);
+		*date++ = (char)('0' + pairs[i] % 10);
+		if (BEHIND[i] != '\0')
+			*date++ = BEHIND[i];
+	}
+	*date = '\0';
+}
+
 /* `2026-11-23T03:12:00.123Z`; the date part is made once a second. */
 static void
 log_time(struct log *log, struct out *o, uint64_t wall_ms)
@@ -467,11 +490,8 @@ log_time(struct log *log, struct out *o, uint64_t wall_ms)
 	char tail[5] = {'.', (char)('0' + ms / 100), (char)('0' + ms / 10 % 10), (char)('0' + ms % 10), 'Z'};
 
 	if (log->second != wall_ms / 1000 || log->date[0] == '\0') {
-		time_t second = (time_t)(wall_ms / 1000);
-		struct tm t;
-		gmtime_r(&second, &t);
-		strftime(log->date, sizeof log->date, "%Y-%m-%dT%H:%M:%S", &t);
 		log->second = wall_ms / 1000;
+		date_write(log->date, log->second);
 	}
 	log_name(log, o, "time");
 	if (log->format == LOG_JSON)
@@ -4949,22 +4969,21 @@ static void
 supervisor_inherit(struct supervisor *s)
 {
 	char *text = getenv("TINYAUTH_HANDOVER");
-	int keys_fd, table_fd, bound, used;
-	size_t n = 0, table_size;
-	struct child child = {.draining = false};
+	size_t table_size;
 
-	if (text == NULL || sscanf(text, "%d %d %d%n", &keys_fd, &table_fd, &bound, &used) != 3)
+	if (text == NULL)
 		return;
-	s->bound = bound;
+	int keys_fd = (int)strtol(text, &text, 10), table_fd = (int)strtol(text, &text, 10);
+	s->bound = strtol(text, &text, 10) != 0;
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
 	s->table = inherit_map(table_fd, TABLE_MAGIC, &table_size);
 	s->table_fd = s->table != NULL ? table_fd : -1;
-	for (text += used; n < CHILDREN_MAX; text += used) {
-		if (sscanf(text, " %d:%d:%d%n", &child.pid, &child.control, &child.slot, &used) != 3)
-			break;
-		fcntl(child.control, F_SETFD, FD_CLOEXEC);
-		s->child[n++] = child;
+	for (struct child *child = s->child; *text == ' ' && child < s->child + CHILDREN_MAX; child++) {
+		child->pid = (int)strtol(text, &text, 10);
+		child->control = (int)strtol(text + 1, &text, 10);
+		child->slot = (int)strtol(text + 1, &text, 10);
+		fcntl(child->control, F_SETFD, FD_CLOEXEC);
 	}
 	unsetenv("TINYAUTH_HANDOVER");
 }

@@ -186,6 +186,8 @@ class Hostile(asyncio.Protocol):
     async def follow(self, script):
         edges = [0, *script.cuts, len(script.raw)]
         for start, end in zip(edges, edges[1:]):
+            if self.transport.is_closing():
+                return
             self.transport.write(script.raw[start:end])
             await asyncio.sleep(0)
         if script.end == "close":
