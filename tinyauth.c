@@ -4185,20 +4185,13 @@ watch(struct worker *w, struct conn *c, struct link *l, int side, short interest
 	l->watched = interest;
 }
 
-/* Keeps the epoll set true for a connection in it. What is watched beyond the interest stays, so that a kept-alive
- * connection costs no call a request, until an event of it comes that nobody wants. */
+/* Keeps the epoll set true for a link in it. What is watched beyond the interest stays, so that a kept-alive connection
+ * costs no call a request, until an event comes that nobody wanted. */
 static void
-watch_again(struct worker *w, struct conn *c, short client_seen, short upstream_seen)
+watch_again(struct worker *w, struct conn *c, struct link *l, int side, short interest, bool unwanted)
 {
-	short client, upstream;
-
-	conn_interest(c, &client, &upstream);
-	if ((client & ~c->client.watched) || (client_seen & c->client.watched & ~client) ||
-	    (client == 0 && client_seen != 0))
-		watch(w, c, &c->client, 0, client);
-	if ((upstream & ~c->upstream.watched) || (upstream_seen & c->upstream.watched & ~upstream) ||
-	    (upstream == 0 && upstream_seen != 0))
-		watch(w, c, &c->upstream, 1, upstream);
+	if ((interest & ~l->watched) != 0 || (unwanted && l->watched != interest))
+		watch(w, c, l, side, interest);
 }
 
 /* From the poll set into the epoll set, where waiting costs nothing. */
@@ -4288,12 +4281,17 @@ worker_collect_parked(struct worker *w)
 static void
 worker_step(struct worker *w, struct conn *c)
 {
-	short client = c->client.seen, upstream = c->upstream.seen;
+	short client, upstream;
 
+	conn_interest(c, &client, &upstream);
+	bool client_unwanted = (c->client.seen & ~client) != 0, upstream_unwanted = (c->upstream.seen & ~upstream) != 0;
 	c->queued = false;
 	conn_step(w, c);
-	if (c->state != S_FREE && c->parked)
-		watch_again(w, c, client, upstream);
+	if (c->state != S_FREE && c->parked) {
+		conn_interest(c, &client, &upstream);
+		watch_again(w, c, &c->client, 0, client, client_unwanted);
+		watch_again(w, c, &c->upstream, 1, upstream, upstream_unwanted);
+	}
 	c->client.seen = c->upstream.seen = 0;
 }
 
@@ -4371,8 +4369,8 @@ worker_sweep(struct worker *w)
 			continue;
 		if (c->deadline_ns <= w->now_ns) {
 			conn_late(w, c);
-			if (c->state != S_FREE && c->parked)
-				watch_again(w, c, 0, 0);
+			if (c->state != S_FREE)
+				worker_step(w, c);   /* its interest changed */
 		}
 		if (c->state != S_FREE && c->deadline_ns < next)
 			next = c->deadline_ns;

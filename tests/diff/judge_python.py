@@ -29,7 +29,7 @@ def read_h11(data):
         request = yield from next_h11(server)
         if not request:
             return
-        server.send(h11.Response(status_code=200, headers=[("Content-Length", "0")]))
+        server.send(h11.Response(status_code=404, headers=[("Content-Length", "0")]))     # a 200 to CONNECT would be a tunnel
         server.send(h11.EndOfMessage())
         if server.our_state is not h11.DONE or server.their_state is not h11.DONE:
             yield "!" if server.trailing_data[0] else "."

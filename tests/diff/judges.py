@@ -119,8 +119,9 @@ def leaves_body(name, request):
     return name == "cpp-httplib" and (request.method in (b"GET", b"HEAD", b"OPTIONS") or (request.method == b"DELETE" and unsized))
 
 
-def disagreement(name, line, sent, partial):
-    """Why the judge's reading is not what was sent (a list of Sent, and part of one more when partial); None: it is."""
+def disagreement(name, line, sent, partial, rest):
+    """Why the judge's reading is not what was sent: a list of Sent, then, with `rest`, bytes that are no whole request, and
+    of which `partial` is the head, when that is whole. None: it is."""
     if name == "cpp-httplib" and any(cpp_reads_on(request) for request in sent):
         return None
     requests, marks = parse_line(line)
@@ -133,10 +134,12 @@ def disagreement(name, line, sent, partial):
             return f"{name} misses a request: {request.method.decode()} {request.target.decode()}: it reads {readable(requests, marks)}"
         elif name != "cpp-httplib":
             return None if not left and marks == ["!"] else f"{name} goes on after a refusal: {readable(requests, marks)}"
+    if left and partial and leaves_body(name, partial) and partial.read_as(left[0], True):
+        left.pop(0)
     if left:
         return f"{name} reads one more: {readable(requests, marks)}"
     refused = "!" in marks and all(takes(request) for request in sent)
-    if (refused or "~" in marks) and not partial:
+    if (refused or "~" in marks) and not rest:
         return f"{name} takes no clean end: {readable(requests, marks)}"
     return None
 

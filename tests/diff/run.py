@@ -132,10 +132,15 @@ def house_rules(connection, host, stream):
             yield "not one X-Request-Id, or two X-Forwarded-Host"
 
 
+def sent_on(message):
+    return judges.Sent(*meaning(message), [name for name, _ in message.fields])
+
+
 def agreement(connection, lines, all_judges):
-    sent = [judges.Sent(*meaning(message), [name for name, _ in message.fields]) for message in connection.requests]
+    sent = [sent_on(message) for message in connection.requests]
+    partial = sent_on(connection.partial) if connection.partial else None
     for judge, line in zip(all_judges, lines):
-        trouble = judges.disagreement(judge.name, line, sent, connection.partial)
+        trouble = judges.disagreement(judge.name, line, sent, partial, connection.rest)
         if trouble:
             yield trouble
 
@@ -174,14 +179,15 @@ async def judge_batch(streams, connections, host, all_judges, client_judge, scor
     by_client = {}
     for connection, judged in zip(used, lines):
         by_client.setdefault(connection.client, []).append((connection, judged))
-    by_client.pop(None, None)           # tinyauth was cut off in the middle of a head
+    by_client[None] = [one for one in by_client.get(None, []) if one[0].requests or one[0].trouble]    # else cut off inside its first head
     for stream, client_line in zip(streams, client_lines):
         mine = by_client.pop(traffic.address_of(stream.index), [])
         held, judged = [one for one, _ in mine], [line for _, line in mine]
         troubles = request_troubles(stream, held, judged, client_line, host, all_judges)
         score.count(f"--only {stream.index}", troubles, [("client", stream.raw), *(("upstream", c.data) for c in held)])
     for client, mine in by_client.items():
-        score.count(f"client {client}", ["a connection of nobody"], [("upstream", connection.data) for connection, _ in mine])
+        if mine:
+            score.count(f"client {client}", ["a connection of nobody"], [("upstream", connection.data) for connection, _ in mine])
 
 
 async def request_test(options, folder, indices, score):
@@ -245,10 +251,12 @@ def response_troubles(got, lines):
         yield f"a good answer came as {first[:200]}, not {script.expected[:200]}"
     if script.kind == "cut" and is_whole(first) and not first.startswith("502:"):
         yield f"an answer that was cut came whole: {first[:200]}"
-    if rest and is_whole(rest[0]) and rest[0] != f"200:{traffic.second_body(script.index).hex()}" and not rest[0].startswith("502:"):
-        yield f"the second request got another answer: {rest[0][:200]}"
-    if script.kind == "valid" and rest and rest[0].startswith("502:"):
-        yield "the second request after a good answer got 502"
+    good = f"200:{traffic.second_body(script.index).hex()}"
+    second = rest[0] if rest else "none"
+    if is_whole(second) and second != good and not second.startswith("502:"):
+        yield f"the second request got another answer: {second[:200]}"
+    if script.kind == "valid" and script.version == "1.1" and second != good:
+        yield f"the second request after a good answer got {second[:200]}"
 
 
 async def response_test(options, folder, indices, score):

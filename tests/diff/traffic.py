@@ -29,7 +29,9 @@ class Recorder(asyncio.Protocol):
     def __init__(self, upstream):
         self.upstream = upstream
         self.data, self.at = bytearray(), 0
-        self.requests, self.partial = [], False
+        self.requests = []
+        self.partial = None             # a request of which the head came, and not the whole body
+        self.rest = False               # bytes that are no whole request
         self.trouble = None
         self.client = None
         self.continued = False
@@ -39,7 +41,7 @@ class Recorder(asyncio.Protocol):
         self.upstream.opened(self)
 
     def connection_lost(self, error):
-        self.partial = self.at < len(self.data)
+        self.rest = self.at < len(self.data)
         self.upstream.closed(self)
 
     def data_received(self, data):
@@ -59,9 +61,10 @@ class Recorder(asyncio.Protocol):
             return False
         self.identify(message)
         if not message.whole:
+            self.partial = message
             self.go_on(message)
             return False
-        self.at, self.continued = message.end, False
+        self.at, self.continued, self.partial = message.end, False, None
         if self.at < len(self.data):
             self.trouble = "bytes came after a request that was not answered yet"
         self.requests.append(message)
@@ -227,6 +230,7 @@ class Exchanges:
         self.data = bytearray()
         self.starts = [0]
         self.ending = OPEN
+        self.patience = PATIENCE if script.kind == "valid" else QUIET * 2
         self.trouble = None
 
     async def run(self, port, key):
@@ -259,7 +263,7 @@ class Exchanges:
             if self.ending != OPEN:
                 return False
             try:
-                data = await asyncio.wait_for(reader.read(1 << 16), QUIET * 2)
+                data = await asyncio.wait_for(reader.read(1 << 16), self.patience)
             except asyncio.TimeoutError:
                 return False
             self.data += data

@@ -12,14 +12,20 @@
 
 In bytes: {key} the valid key, {key:swapcase} {key:cut} spoilt ones, {basic} Basic credentials with it as the password,
 {repeat:TEXT:N}, {fields:N} N harmless fields, {fill:TEXT:N} as much TEXT as makes the whole block N bytes long.
-Marks in bytes: <<!>> the byte before it is the first offending one, so the answer must come here (and not before
-<<.>>, or one byte earlier); <<N>> wait for the head of an answer with status N, <<answered>> for a whole one; <<forwarded>> wait until the upstream has a
-request's head; <<whole>> wait until it has a whole request; <<wait 50ms>>; <<quiet 50ms>> the same, and nothing may arrive from tinyauth
-meanwhile; <<fin>> shut the sending side; <<close>>; <<rst>>.
+Marks in bytes:
+    <<!>>               the byte before it is the first offending one: the answer must come here, and not one byte earlier (or, where
+                        a <<.>> stands, not before that)
+    <<N>> <<answered>>  wait for the head of an answer with status N, for a whole answer
+    <<forwarded>> <<whole>>
+                        wait until the upstream has a request's head, a whole request
+    <<wait 50ms>> <<quiet 50ms>>
+                        wait; the same, and nothing may arrive from tinyauth meanwhile
+    <<fin>> <<close>> <<rst>>
+                        shut the sending side, close, reset
 
-    expect: 200 400 close       statuses in order: 200|401 either, 103*16 repeated, 100? optional, `HEAD 200` answers a HEAD;
-                                then how it ends: open, close, any, cut (the last answer is visibly cut, then closed, or a whole 502), tunnel, gone (no
-                                answer is waited for: the client has left), leave (the client leaves after its answer)
+    expect: 200 400 close       statuses in order: 200|401 either, 103*16 repeated, 100? optional, `HEAD 200` answers a HEAD; then how it
+                                ends: open, close, any, cut (the last answer is visibly cut, then closed, or a whole 502), tunnel,
+                                gone (no answer is waited for: the client has left), leave (the client leaves after its answer)
     upstream: 1                 whole requests that the upstream saw; none: not a byte; 0-1; cut: no whole one, and closed by tinyauth
     upstream-end: closed        tinyauth closes the upstream connection before the client leaves
     answer: whole|head|accept|never [only]

@@ -43,8 +43,9 @@ def judge_forwarded(request, port):
         said.append("several X-Forwarded-Host")
     if any(value != b"trailers" for value in request.values("TE")):
         said.append(f"TE forwarded as {request.values('TE')}")
-    if request.values("Upgrade") not in ([], [b"websocket"]) or bool(request.values("Upgrade")) != (b"upgrade" in request.tokens("Connection")):
-        said.append(f"Upgrade {request.values('Upgrade')} beside Connection {request.values('Connection')}")
+    upgrade = request.values("Upgrade")
+    if upgrade not in ([], [b"websocket"]) or bool(upgrade) != (b"upgrade" in request.tokens("Connection")):
+        said.append(f"Upgrade {upgrade} beside Connection {request.values('Connection')}")
     if set(request.tokens("Connection")) - {b"upgrade", b"close", b"keep-alive", b"te"}:
         said.append(f"Connection forwarded as {request.values('Connection')}")
     if request.trailers:

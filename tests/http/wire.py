@@ -7,7 +7,8 @@ START = {
     "request": re.compile(rb"[A-Z-]{1,32} [\x21-\x22\x24-\x7e]+ HTTP/1\.1"),
     "response": re.compile(rb"HTTP/1\.1 [1-9][0-9]{2}( [\t\x20-\x7e\x80-\xff]*)?"),
 }
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*")
+VISIBLE = rb"[\x21-\x7e\x80-\xff]"
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:" + VISIBLE + rb"(?:[\t\x20-\x7e\x80-\xff]*" + VISIBLE + rb")?)?)[ \t]*")
 CHUNK = re.compile(rb"(0|[1-9a-fA-F][0-9a-fA-F]{0,14})\r\n")
 LENGTH = re.compile(rb"[0-9]{1,18}")
 
