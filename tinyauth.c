@@ -163,10 +163,10 @@ slice_from(struct slice a, size_t n)
 static void
 out_bytes(struct out *o, const char *p, size_t n)
 {
-	if (n > o->max - o->n) {
+	if (n > o->max - o->n)
 		o->full = true;
+	if (n > o->max - o->n || n == 0)
 		return;
-	}
 	memcpy(o->p + o->n, p, n);
 	o->n += n;
 }
@@ -1135,9 +1135,10 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 	*cfg = (struct config){.linger_ms = LINGER_MS, .reader_ms = READER_MS};
 	*usage = true;
 	for (int i = 0; argv[i] != NULL; i++) {
-		if (argv[i][0] != '-' && max-- > 0)
+		if (argv[i][0] != '-' && max > 0) {
 			*words++ = argv[i];
-		else if (!config_argument(cfg, argv, &i, &given, m))
+			max--;
+		} else if (!config_argument(cfg, argv, &i, &given, m))
 			return false;
 	}
 	*usage = false;
@@ -2453,8 +2454,8 @@ chunk_trailer_byte(struct body *b, char c)
 		b->state = K_TRAILER_FIRST;
 		return c == '\n';
 	default:
-		b->done = true;      /* K_END_LF */
-		return c == '\n';
+		b->done = c == '\n'; /* K_END_LF */
+		return b->done;
 	}
 }
 
@@ -3433,9 +3434,8 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 	r->head_method = slice_equal(h->method, S("HEAD"));
 	r->safe_again = r->head_method || slice_equal(h->method, S("GET")) || slice_equal(h->method, S("OPTIONS")) ||
 	                slice_equal(h->method, S("PUT")) || slice_equal(h->method, S("DELETE"));
-	r->asked_close = h->close || (h->minor == 0 && !h->keep_alive);
 	c->req.body = head_body(h);
-	r->close = r->asked_close || w->draining;
+	r->close = h->close || (h->minor == 0 && !h->keep_alive) || w->draining;
 	r->expects = h->expect_continue && !c->req.body.done;
 	c->req.raw += (uint32_t)n;
 	c->req.in = c->req.out = c->resp.in = c->resp.out = 0;
@@ -3467,18 +3467,15 @@ request_abandon(struct worker *w, struct conn *c, enum reason reason)
 	return STEP_CLOSE;
 }
 
-/* After a whole answer: the next request, or the end. A client that asked for the end and sent nothing more needs no
- * lingering. [r21] */
+/* After a whole answer: the next request, or the end, which lingers. [r21] */
 static enum step
-request_next(struct worker *w, struct conn *c, bool close_it, bool asked)
+request_next(struct worker *w, struct conn *c, bool close_it)
 {
 	if (!close_it) {
 		conn_enter(w, c, S_IDLE);
 		return c->req.raw < c->req.end ? STEP_AGAIN : STEP_WAIT;
 	}
 	link_close(&c->upstream, false);
-	if (asked && c->req.body.done && c->req.raw == c->req.end)
-		return STEP_CLOSE;
 	pipe_drop(w, &c->req);
 	link_shut(&c->client);
 	conn_enter(w, c, S_LINGER);
@@ -3542,13 +3539,13 @@ static enum step
 step_flush(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
-	bool close_it = r->close, asked = r->asked_close;
+	bool close_it = r->close;
 	int flushed = pipe_flush(&c->resp, &c->client);
 
 	if (flushed == 0)
 		return STEP_WAIT;
 	request_end(w, c, R_NONE);
-	return flushed < 0 ? STEP_CLOSE : request_next(w, c, close_it, asked);
+	return flushed < 0 ? STEP_CLOSE : request_next(w, c, close_it);
 }
 
 /* Reads on for a while, so that what the client still sends does not reset the connection under our answer. */
@@ -3640,7 +3637,6 @@ conn_refuse_head(struct worker *w, struct conn *c, enum reason reason)
 {
 	request_begin(w, c, c->req.end - c->req.raw);
 	c->request->close = true;
-	c->request->asked_close = false;
 	c->request->detail = w->head.why;
 	return conn_refuse(w, c, reason);
 }
@@ -3928,9 +3924,9 @@ relay_done(struct worker *w, struct conn *c)
 		link_close(&c->upstream, false);
 	c->upstream_turn = w->turn;
 	pipe_drop(w, &c->resp);
-	bool close_it = r->close, asked = r->asked_close && request_whole;
+	bool close_it = r->close;
 	request_end(w, c, R_NONE);
-	return request_next(w, c, close_it, asked);
+	return request_next(w, c, close_it);
 }
 
 static enum step
@@ -3986,7 +3982,7 @@ step_tunnel(struct worker *w, struct conn *c)
 	request_end(w, c, R_NONE);
 	if (down != MOVE_DONE)
 		return STEP_CLOSE;
-	return request_next(w, c, true, false);
+	return request_next(w, c, true);
 }
 
 /* ---- the whole connection ------------------------------------------------------------------------------------ */
@@ -5491,19 +5487,17 @@ int
 main(int argc, char **argv)
 {
 	bool check = argc > 1 && strcmp(argv[1], "check") == 0, key = argc > 1 && strcmp(argv[1], "key") == 0, usage;
-	char **words = calloc((size_t)argc + 1, sizeof *words);
+	char *words[WORDS_MAX + 1] = {NULL};
 	struct mistake m;
 	size_t n = 0;
 
-	if (words == NULL)
-		die(EXIT_FAILURE, "no memory");
 	if (argc > 1 && (strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)) {
 		config_help(stdout);
 		return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 	}
 	if (argc > 1 && (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0))
 		return puts("tinyauth " TINYAUTH_VERSION) >= 0 && fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-	if (!config_read(&config, argv + 1 + (check || key), words, key ? (size_t)argc : 0, &usage, &m))
+	if (!config_read(&config, argv + 1 + (check || key), words, key ? WORDS_MAX : 0, &usage, &m))
 		die(usage ? EX_USAGE : check ? EXIT_FAILURE : EX_CONFIG, "%s", m.text);
 	while (words[n] != NULL)
 		n++;

@@ -50,6 +50,7 @@ enum {
 	LOG_BUF = 65536,             /* bytes of log lines waiting in a process */
 	LOG_LINE = 4096,             /* bytes of one line: PIPE_BUF, so that lines of several workers never mix */
 
+	WORDS_MAX = 64,              /* words of a command: `key add` with its attributes */
 	LISTEN_MAX = 16,             /* listeners */
 	UPSTREAM_ADDRS = 4,          /* addresses tried for one upstream name */
 	WORKERS_MAX = 256,           /* workers of a generation */
@@ -326,7 +327,6 @@ struct request {
 	bool upgrade;                /* asked for a WebSocket */
 	bool expects;                /* asked for 100-continue, with a body to come */
 	bool close;                  /* the client connection ends with this request */
-	bool asked_close;            /* the client said so itself */
 	bool upstream_close;         /* the upstream connection ends with this request */
 	bool quiet;                  /* no access line */
 	char method[METHOD_MAX];

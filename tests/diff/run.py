@@ -172,19 +172,19 @@ def request_troubles(stream, connections, lines, client_line, host, all_judges):
     return troubles
 
 
-async def judge_batch(streams, connections, host, all_judges, client_judge, score):
+async def judge_batch(answered, connections, host, all_judges, client_judge, score):
     used = [connection for connection in connections if connection.data]
     lines, client_lines = await asyncio.gather(
-        read_all(all_judges, [bytes(connection.data) for connection in used]), client_judge.read([stream.raw for stream in streams]))
+        read_all(all_judges, [bytes(connection.data) for connection in used]), client_judge.read([stream.raw for stream, _ in answered]))
     by_client = {}
     for connection, judged in zip(used, lines):
         by_client.setdefault(connection.client, []).append((connection, judged))
     by_client[None] = [one for one in by_client.get(None, []) if one[0].requests or one[0].trouble]    # else cut off inside its first head
-    for stream, client_line in zip(streams, client_lines):
+    for (stream, answer), client_line in zip(answered, client_lines):
         mine = by_client.pop(traffic.address_of(stream.index), [])
         held, judged = [one for one, _ in mine], [line for _, line in mine]
         troubles = request_troubles(stream, held, judged, client_line, host, all_judges)
-        score.count(f"--only {stream.index}", troubles, [("client", stream.raw), *(("upstream", c.data) for c in held)])
+        score.count(f"--only {stream.index}", troubles, [("client", stream.raw), *(("upstream", c.data) for c in held), ("answer", answer)])
     for client, mine in by_client.items():
         if mine:
             score.count(f"client {client}", ["a connection of nobody"], [("upstream", connection.data) for connection, _ in mine])
@@ -201,14 +201,14 @@ async def request_test(options, folder, indices, score):
     try:
         for start in range(0, len(indices), BATCH):
             streams = [grammar.request_stream(options.seed, index) for index in indices[start:start + BATCH]]
-            await at_once(traffic.AT_ONCE, [traffic.send_stream(stream, port, upstream) for stream in streams])
+            answers = await at_once(traffic.AT_ONCE, [traffic.send_stream(stream, port, upstream) for stream in streams])
             connections, open_still = await upstream.take()
             left_open += open_still
             forwarded += sum(len(connection.requests) for connection in connections)
             if judging:
                 await judging.pop()
             judging.append(asyncio.ensure_future(
-                judge_batch(streams, connections, f"localhost:{upstream_port}", all_judges, client_judge, score)))
+                judge_batch(list(zip(streams, answers)), connections, f"localhost:{upstream_port}", all_judges, client_judge, score)))
         await judging.pop()
         if len(indices) >= BATCH:
             await check_mutations(options.seed, indices[:2 * BATCH], all_judges, score)

@@ -139,8 +139,8 @@ async def send_stream(stream, port, upstream):
             await writer.drain()
             await asyncio.sleep(0)
         await read_answers(stream, reader, answered, lambda: upstream.last_move.get(address, 0))
-    except ConnectionError:
-        pass
+    except ConnectionError as error:
+        answered += f"<{type(error).__name__}>".encode()
     writer.transport.abort() if stream.index % 7 == 0 else writer.close()
     return bytes(answered)
 
