@@ -24,7 +24,7 @@ HARDENING = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 endif
 # Debian keeps BearSSL's headers in a directory of their own: under musl-gcc /usr/include itself must not be searched.
 BEARSSL_CFLAGS ?= $(if $(wildcard /usr/include/bearssl/bearssl.h),-I/usr/include/bearssl)
-BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell uname -m)-linux-gnu*/libbearssl.a /usr/lib/libbearssl.a) -lbearssl)
+BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell gcc -print-multiarch 2>/dev/null)/libbearssl.a /usr/lib/libbearssl.a) -lbearssl)
 
 ALL_CFLAGS = -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
 	$(HARDENING) $(CFLAGS) $(BEARSSL_CFLAGS)
@@ -63,7 +63,7 @@ test-diff: tinyauth
 	N=$(N) SEED=$(SEED) sh tests/diff/run.sh
 
 lint:
-	mandoc -Tlint man/tinyauth.8 man/tinyauth-keys.5
+	mandoc -Tlint -Wwarning man/tinyauth.8 man/tinyauth-keys.5
 	shellcheck test.sh tests/*.sh tests/*/*.sh .ci/run
 
 install: tinyauth

@@ -63,6 +63,7 @@
 #include <sys/epoll.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -717,6 +718,19 @@ log_failure(struct log *log, const char *event, const char *what, int error)
 	log_end(log, &o);
 }
 
+/* A connection that was closed before a request of it was read. */
+static void
+log_turned_away(struct log *log, uint64_t wall_ms, const char *addr, unsigned status, const char *why)
+{
+	struct out o = log_begin(log, wall_ms);
+
+	log_text(log, &o, "event", "turned_away");
+	log_text(log, &o, "addr", addr);
+	log_number(log, &o, "status", status);
+	log_text(log, &o, "reason", why);
+	log_end(log, &o);
+}
+
 /* The access line: one for each request, written at its end. `why` is the reason's word, "" when it was served. */
 static void
 log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn *c, const char *why, const char *upstream)
@@ -769,6 +783,7 @@ static const struct option_row OPTIONS[] = {
 	{'n', "max-conns", "N", "1024", "client connections per worker", AT(max_conns), O_COUNT},
 	{0, "ip-rate", "RATE", "10/s", "requests per client address, N/s|m|h|d; off: no limit", AT(ip_rate), O_RATE},
 	{0, "ip-burst", "N", "20", "requests beyond it that may come at once", AT(ip_rate.burst), O_BURST},
+	{0, "ip-conns", "N", "64", "open connections per client address", AT(ip_conns), O_COUNT},
 	{0, "log", "FILE", NULL, "access and event log (stderr); opened anew on SIGUSR1", AT(log), O_TEXT},
 	{0, "log-format", "FORMAT", "logfmt", "logfmt or json", AT(log_format), O_FORMAT},
 	{0, "header-timeout", "TIME", "10s", "for a request's head to be whole", AT(header_ms), O_DURATION},
@@ -1582,28 +1597,84 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 
 /* ============================================================================================================= *
  * TABLE
- * Owns: the shared mapping of rates; later in-flight counts and usage
+ * Owns: the shared mapping: rates and open connections by address; later in-flight counts and usage
  * Calls: BASICS
  * Promises: a process killed anywhere leaves it usable; an address is limited across all workers
  * Never: takes a lock
  * ============================================================================================================= */
 
-static struct table *
-table_new(int *fd)
+static size_t
+table_size(uint64_t rows, uint64_t conns)
 {
+	return sizeof(struct table) + rows * (sizeof(struct conn_row) + conns * sizeof(uint64_t));
+}
+
+static struct table *
+table_new(uint64_t rows, uint64_t conns, int *fd)
+{
+	size_t size = table_size(rows, conns);
 	struct table *t;
 
 	*fd = memfd_create("tinyauth-table", MFD_CLOEXEC);
-	if (*fd >= 0 && ftruncate(*fd, sizeof *t) == 0)
-		t = mmap(NULL, sizeof *t, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+	if (*fd >= 0 && ftruncate(*fd, (off_t)size) == 0)
+		t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
 	else
-		t = map_new(sizeof *t, MAP_SHARED);
+		t = map_new(size, MAP_SHARED);
 	if (t == MAP_FAILED)
 		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
 	random_fill(t->seed, sizeof t->seed);
-	t->size = sizeof *t;
+	t->size = size;
+	t->rows = (uint32_t)rows;
+	t->conns = (uint32_t)conns;
 	t->magic = TABLE_MAGIC;
 	return t;
+}
+
+/* The open connections of one worker: the identity of the client address of each, 0 where there is none. */
+static struct conn_row *
+table_row(struct table *t, uint32_t number)
+{
+	size_t each = sizeof(struct conn_row) + t->conns * sizeof(uint64_t);
+
+	return (struct conn_row *)((char *)(t + 1) + number * each);
+}
+
+/* A row that no living worker has, emptied; NULL: all are taken. */
+static struct conn_row *
+table_row_take(struct table *t)
+{
+	for (uint32_t i = 0; i < t->rows; i++) {
+		struct conn_row *row = table_row(t, i);
+		if (!row->taken) {
+			row->taken = 1;
+			return row;
+		}
+	}
+	return NULL;
+}
+
+/* Gives back what a worker held, however it ended. */
+static void
+table_row_give(struct conn_row *row)
+{
+	for (uint32_t i = 0; i < row->used; i++)
+		atomic_store_explicit(&row->address[i], 0, memory_order_relaxed);
+	row->used = row->taken = 0;
+}
+
+/* How many connections of an address are open in all workers; counting ends at `enough`. */
+static uint64_t
+table_connections(struct table *t, uint64_t id, uint64_t enough)
+{
+	uint64_t n = 0;
+
+	for (uint32_t number = 0; number < t->rows; number++) {
+		struct conn_row *row = table_row(t, number);
+		uint32_t used = row->used < t->conns ? row->used : t->conns;
+		for (uint32_t i = 0; i < used && n < enough; i++)
+			n += atomic_load_explicit(&row->address[i], memory_order_relaxed) == id;
+	}
+	return n;
 }
 
 /* Identity of a client address: IPv4 whole, IPv6 by its /64, all peers of a unix socket one. Never 0. */
@@ -2748,6 +2819,8 @@ static const struct reason_row {
 	[R_EXPECT] = {417, "expect", "expectation_failed", "invalid_request_error", "invalid_request_error", "%"},
 	[R_IP_RATE] = {429, "ip_rate", "rate_limit_exceeded", "rate_limit_error", "rate_limit_error",
 	    "too many requests from this address: try again in % s"},
+	[R_IP_CONNS] = {429, "ip_conns", "rate_limit_exceeded", "rate_limit_error", "rate_limit_error",
+	    "too many open connections from this address: close some, or try again in % s"},
 	[R_HEAD_LONG] = {431, "head_long", "header_too_large", "invalid_request_error", "invalid_request_error", "%"},
 	[R_NOT_IMPLEMENTED] = {501, "not_implemented", "not_implemented", "invalid_request_error", "invalid_request_error", "%"},
 	[R_VERSION] = {505, "version", "http_version", "invalid_request_error", "invalid_request_error", "%"},
@@ -3316,8 +3389,8 @@ static const struct state_row {
 	[S_CONNECT] = {"connect", MS(connect_ms), step_connect, R_UPSTREAM_CONNECT_TIMEOUT, false},
 	[S_SEND] = {"send", MS(idle_ms), step_relay, R_BODY_TIMEOUT, false},
 	[S_WAIT] = {"wait", MS(first_byte_ms), step_relay, R_UPSTREAM_TIMEOUT, false},
-	[S_RELAY] = {"relay", MS(idle_ms), step_relay, R_UPSTREAM_CUT, false},
-	[S_TUNNEL] = {"tunnel", MS(idle_ms), step_tunnel, R_NONE, false},
+	[S_RELAY] = {"relay", MS(idle_ms), step_relay, R_IDLE, false},
+	[S_TUNNEL] = {"tunnel", MS(idle_ms), step_tunnel, R_IDLE, false},
 	[S_FLUSH] = {"flush", MS(reader_ms), step_flush, R_NONE, true},
 	[S_LINGER] = {"linger", MS(linger_ms), step_linger, R_NONE, true},
 #undef MS
@@ -3355,7 +3428,8 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 	}
 }
 
-/* The deadline of the state begins anew: it was entered, or bytes moved. */
+/* The deadline of the state begins anew: it was entered, or bytes moved. A request body has a second one, the end of the
+ * stretch of time in which it has to make its way. */
 static void
 conn_touch(struct worker *w, struct conn *c)
 {
@@ -3364,6 +3438,11 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
+	if (c->state == S_SEND) {
+		c->request->idle_ns = c->deadline_ns;
+		if (c->request->stretch_ns < c->deadline_ns)
+			c->deadline_ns = c->request->stretch_ns;
+	}
 	if (c->deadline_ns < w->sweep_ns)
 		w->sweep_ns = c->deadline_ns;
 }
@@ -3412,6 +3491,14 @@ request_id(struct worker *w, struct request *r, struct slice given)
 	}
 }
 
+/* A new stretch of time begins, in which the body must not fall under 1 KB/s. */
+static void
+request_stretch(const struct worker *w, struct conn *c)
+{
+	c->request->stretch_ns = w->now_ns + STRETCH_MS * NS_PER_MS;
+	c->request->stretch_in = c->req.in;
+}
+
 /* Takes a head's `n` bytes off the pipe and starts the record that lives until request_end(). */
 static void
 request_begin(struct worker *w, struct conn *c, size_t n)
@@ -3440,6 +3527,7 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 	c->req.raw += (uint32_t)n;
 	c->req.in = c->req.out = c->resp.in = c->resp.out = 0;
 	c->req.broken = false;
+	request_stretch(w, c);
 }
 
 /* The only place that ends a request: gives back what it held and writes the access line. */
@@ -3987,17 +4075,29 @@ step_tunnel(struct worker *w, struct conn *c)
 
 /* ---- the whole connection ------------------------------------------------------------------------------------ */
 
+/* Tells the other workers of an open connection of an address; id 0: it is closed. */
+static void
+conn_count(struct worker *w, const struct conn *c, uint64_t id)
+{
+	uint32_t at = (uint32_t)(c - w->conns);
+
+	if (w->row == NULL)
+		return;
+	atomic_store_explicit(&w->row->address[at], id, memory_order_relaxed);
+	if (w->row->used <= at)
+		w->row->used = at + 1;
+}
+
 /* The only place where a connection ends: closes its links, wipes and returns its buffers. */
 static void
 conn_close(struct worker *w, struct conn *c)
 {
-	if (c->request != NULL)
-		request_end(w, c, R_CLIENT_CLOSED);
 	link_close(&c->client, c->reset);
 	link_close(&c->upstream, false);
 	pipe_drop(w, &c->req);
 	pipe_drop(w, &c->resp);
 	waiting_remove(c);
+	conn_count(w, c, 0);
 	if (!c->parked) {
 		c->next->prev = c->prev;
 		c->prev->next = c->next;
@@ -4008,11 +4108,26 @@ conn_close(struct worker *w, struct conn *c)
 	w->used--;
 }
 
+/* A peer's address in words, an IPv4 one as such also on a dual-stack socket. */
+static void
+addr_text(const struct sockaddr_storage *peer, char text[ADDR_TEXT_MAX])
+{
+	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)peer;
+
+	if (peer->ss_family == AF_INET)
+		inet_ntop(AF_INET, &((const struct sockaddr_in *)peer)->sin_addr, text, ADDR_TEXT_MAX);
+	else if (peer->ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
+		inet_ntop(AF_INET, in6->sin6_addr.s6_addr + 12, text, ADDR_TEXT_MAX);
+	else if (peer->ss_family == AF_INET6)
+		inet_ntop(AF_INET6, &in6->sin6_addr, text, ADDR_TEXT_MAX);
+	else
+		strcpy(text, "unix");
+}
+
 static void
 conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer)
 {
 	struct conn *c = w->free_conn;
-	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)peer;
 
 	w->free_conn = c->next;
 	w->used++;
@@ -4023,18 +4138,21 @@ conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer)
 	pipe_empty(&c->resp);
 	c->resp.side = 1;
 	c->addr_id = table_address_id(w->table, peer);
-	if (peer->ss_family == AF_INET)
-		inet_ntop(AF_INET, &((const struct sockaddr_in *)peer)->sin_addr, c->addr, sizeof c->addr);
-	else if (peer->ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
-		inet_ntop(AF_INET, in6->sin6_addr.s6_addr + 12, c->addr, sizeof c->addr);
-	else if (peer->ss_family == AF_INET6)
-		inet_ntop(AF_INET6, &in6->sin6_addr, c->addr, sizeof c->addr);
-	else
-		strcpy(c->addr, "unix");
+	conn_count(w, c, c->addr_id);
+	addr_text(peer, c->addr);
 	c->next = &w->polled;
 	c->prev = w->polled.prev;
 	c->prev->next = w->polled.prev = c;
 	conn_enter(w, c, S_OPEN);
+}
+
+/* Ends a connection whatever it is doing. */
+static void
+conn_end(struct worker *w, struct conn *c, enum reason reason)
+{
+	if (c->request != NULL)
+		request_end(w, c, reason);
+	conn_close(w, c);
 }
 
 /* Takes steps until the connection has to wait, or ends. */
@@ -4047,11 +4165,28 @@ conn_step(struct worker *w, struct conn *c)
 		step = STATES[c->state].step(w, c);
 	while (step == STEP_AGAIN);
 	if (step == STEP_CLOSE) {
-		conn_close(w, c);
+		conn_end(w, c, R_CLIENT_CLOSED);
 		return;
 	}
 	pipe_settle(w, &c->req);
 	pipe_settle(w, &c->resp);
+}
+
+/* The end of a stretch of time: did enough of the request's body come, or is it the upstream that is slow? */
+static bool
+request_moves(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+	uint64_t idle_ns = r->idle_ns;
+
+	if (w->now_ns >= idle_ns || (c->req.in - r->stretch_in < STRETCH_BYTES && !pipe_waits(&c->req)))
+		return false;
+	request_stretch(w, c);
+	conn_touch(w, c);
+	r->idle_ns = idle_ns;
+	if (idle_ns < c->deadline_ns)
+		c->deadline_ns = idle_ns;
+	return true;
 }
 
 /* A deadline passed. */
@@ -4061,17 +4196,19 @@ conn_late(struct worker *w, struct conn *c)
 	enum reason late = STATES[c->state].late;
 	enum step step = STEP_CLOSE;
 
+	if (c->state == S_SEND && request_moves(w, c))
+		return;
 	if (c->state == S_HEAD) {
 		head_clear(&w->head);
 		step = conn_refuse_head(w, c, late);
-	} else if (c->state == S_RELAY)
+	} else if (c->state == S_RELAY || c->state == S_TUNNEL)
 		step = conn_cut(w, c, pipe_waits(&c->resp) ? R_CLIENT_STALLED : late);
 	else if (late != R_NONE) {
 		c->request->close |= c->state == S_SEND;
 		step = conn_refuse_upstream(w, c, c->state == S_SEND && pipe_waits(&c->req) ? R_IDLE : late);
 	}
 	if (step == STEP_CLOSE)
-		conn_close(w, c);
+		conn_end(w, c, R_CLIENT_STALLED);
 	else
 		conn_step(w, c);
 }
@@ -4293,29 +4430,32 @@ worker_step(struct worker *w, struct conn *c)
 
 /* ---- accepting ----------------------------------------------------------------------------------------------- */
 
-/* A full pool takes nothing from those who hold an authenticated request; the oldest of the others makes room. */
+/* A full pool, or a full descriptor table, takes nothing from those who hold an authenticated request; the oldest of the
+ * others makes room. */
 static bool
 worker_make_room(struct worker *w)
 {
 	struct conn *oldest = w->waiting.young;
 
-	if (w->free_conn != NULL)
-		return true;
 	if (oldest == &w->waiting)
 		return false;
-	conn_close(w, oldest);
+	conn_end(w, oldest, R_FULL);
 	return true;
 }
 
-/* No room, and nobody to make it. [r33] */
+/* No connection for this one: too many of its address, or no room and nobody to make it. What it sent already is read, so
+ * that the answer is not lost to a reset. [r33] */
 static void
-worker_turn_away(int fd)
+worker_turn_away(struct worker *w, int fd, const struct sockaddr_storage *peer, enum reason reason)
 {
-	char text[1024];
+	char text[1024], addr[ADDR_TEXT_MAX];
 	struct out o = {text, 0, sizeof text, false};
-	struct verdict v = {.reason = R_FULL, .detail = S("1"), .id = S("-"), .retry_ms = 1000, .close = true};
+	struct verdict v = {.reason = reason, .detail = S("1"), .id = S("-"), .retry_ms = 1000, .close = true};
 
+	addr_text(peer, addr);
+	log_turned_away(w->log, w->wall_ms, addr, REASONS[reason].status, REASONS[reason].word);
 	answer_own(&v, &o);
+	recv(fd, w->scratch[0][0], BUF_SIZE, MSG_DONTWAIT);
 	send(fd, o.p, o.n, MSG_NOSIGNAL);
 	shutdown(fd, SHUT_WR);
 	close(fd);
@@ -4330,7 +4470,7 @@ worker_accept(struct worker *w, int listener)
 		socklen_t len = sizeof peer;
 		memset(&peer, 0, sizeof peer);
 		int fd = accept4(listener, (struct sockaddr *)&peer, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR))
+		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR || (errno == EMFILE && worker_make_room(w))))
 			continue;
 		if (fd < 0) {
 			if (errno != EAGAIN) {
@@ -4339,8 +4479,12 @@ worker_accept(struct worker *w, int listener)
 			}
 			return;
 		}
-		if (!worker_make_room(w)) {
-			worker_turn_away(fd);
+		if (table_connections(w->table, table_address_id(w->table, &peer), config.ip_conns) >= config.ip_conns) {
+			worker_turn_away(w, fd, &peer, R_IP_CONNS);
+			continue;
+		}
+		if (w->free_conn == NULL && !worker_make_room(w)) {
+			worker_turn_away(w, fd, &peer, R_FULL);
 			continue;
 		}
 		conn_open(w, fd, &peer);
@@ -4434,6 +4578,9 @@ worker_run(struct worker *w)
 	w->wall_ms = clock_wall_ms();
 	while (!w->draining || (w->used > 0 && w->now_ns < w->drain_ns))
 		worker_turn(w);
+	for (size_t i = 0; i < config.max_conns && w->used > 0; i++)
+		if (w->conns[i].state != S_FREE)
+			conn_end(w, &w->conns[i], R_DRAIN);
 	log_flush(w->log);
 }
 
@@ -4565,6 +4712,19 @@ listeners_passed(struct supervisor *s)
 	return (unsigned)n;
 }
 
+/* Room for two descriptors a connection, as far as the hard limit lets us. */
+static void
+supervisor_descriptors(void)
+{
+	rlim_t need = 2 * config.max_conns + LISTEN_MAX + 64;
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= need)
+		return;
+	limit.rlim_cur = limit.rlim_max < need ? limit.rlim_max : need;
+	setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 static void
 supervisor_listen(struct supervisor *s)
 {
@@ -4610,7 +4770,7 @@ child_tell(const struct child *child, char word, int fd)
 
 /* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
 __attribute__((noreturn)) static void
-child_run(const struct supervisor *s, int control)
+child_run(const struct supervisor *s, int control, struct conn_row *row)
 {
 	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 
@@ -4627,6 +4787,7 @@ child_run(const struct supervisor *s, int control)
 	w->keys = s->keys;
 	mprotect(s->keys, s->keys_size, PROT_READ);
 	w->table = s->table;
+	w->row = row;
 	w->control = control;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
@@ -4648,19 +4809,22 @@ supervisor_spawn(struct supervisor *s, int slot)
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
+	struct conn_row *row = table_row_take(s->table);
 	log_flush(s->log);
 	pid = fork();
 	if (pid == 0) {
 		close(pair[0]);
-		child_run(s, pair[1]);
+		child_run(s, pair[1], row);
 	}
 	close(pair[1]);
 	if (pid < 0) {
 		close(pair[0]);
+		if (row != NULL)
+			table_row_give(row);
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
-	*child = (struct child){.pid = pid, .control = pair[0], .slot = slot, .born_ns = s->now_ns};
+	*child = (struct child){.pid = pid, .control = pair[0], .slot = slot, .row = row, .born_ns = s->now_ns};
 	s->respawn_ns[slot] = 0;
 	log_worker_started(s->log, slot, pid);
 }
@@ -4707,6 +4871,8 @@ supervisor_reap(struct supervisor *s)
 			if (child->pid != pid)
 				continue;
 			close(child->control);
+			if (child->row != NULL)
+				table_row_give(child->row);
 			if (!child->draining || status != 0)
 				log_worker_died(s->log, child, status);
 			if (!child->draining)
@@ -4882,11 +5048,21 @@ upgrade_expose(const struct supervisor *s, bool shown)
 			fcntl(s->child[i].control, F_SETFD, flags);
 }
 
-/* TINYAUTH_HANDOVER: the mappings' descriptors and `pid:control:slot` of each child. */
+/* The number of a row, or -1. */
+static int
+upgrade_row(const struct supervisor *s, const struct conn_row *row)
+{
+	for (uint32_t i = 0; i < s->table->rows; i++)
+		if (row == table_row(s->table, i))
+			return (int)i;
+	return -1;
+}
+
+/* TINYAUTH_HANDOVER: the mappings' descriptors and `pid:control:slot:row` of each child. */
 static bool
 upgrade_environment(const struct supervisor *s)
 {
-	size_t max = 64 + CHILDREN_MAX * 40, n;
+	size_t max = 64 + CHILDREN_MAX * 48, n;
 	char *text = malloc(max), number[24];
 
 	if (text == NULL)
@@ -4894,7 +5070,8 @@ upgrade_environment(const struct supervisor *s)
 	n = (size_t)snprintf(text, max, "%d %d %d", s->keys_fd, s->table_fd, s->bound);
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
-			n += (size_t)snprintf(text + n, max - n, " %d:%d:%d", s->child[i].pid, s->child[i].control, s->child[i].slot);
+			n += (size_t)snprintf(text + n, max - n, " %d:%d:%d:%d", s->child[i].pid, s->child[i].control,
+			    s->child[i].slot, upgrade_row(s, s->child[i].row));
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
 	free(text);
 	snprintf(number, sizeof number, "%u", s->listeners);
@@ -4972,11 +5149,15 @@ supervisor_inherit(struct supervisor *s)
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
 	s->table = inherit_map(table_fd, TABLE_MAGIC, &table_size);
+	if (s->table != NULL && (s->table->conns != config.max_conns || table_size < s->table->size))
+		s->table = NULL;             /* of another geometry: begun anew; the old workers count for themselves */
 	s->table_fd = s->table != NULL ? table_fd : -1;
 	for (struct child *child = s->child; *text == ' ' && child < s->child + CHILDREN_MAX; child++) {
 		child->pid = (int)strtol(text, &text, 10);
 		child->control = (int)strtol(text + 1, &text, 10);
 		child->slot = (int)strtol(text + 1, &text, 10);
+		long row = strtol(text + 1, &text, 10);
+		child->row = s->table != NULL && row >= 0 && row < s->table->rows ? table_row(s->table, (uint32_t)row) : NULL;
 		fcntl(child->control, F_SETFD, FD_CLOEXEC);
 	}
 	unsetenv("TINYAUTH_HANDOVER");
@@ -5106,12 +5287,13 @@ supervisor_run(char *const *argv)
 	s->binary = supervisor_binary(argv[0]);
 	s->now_ns = clock_ns();
 	supervisor_signals();
+	supervisor_descriptors();
 	if (config.keys == NULL && !config.env_key)
 		die(EX_CONFIG, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
 	supervisor_listen(s);
 	supervisor_inherit(s);
 	if (s->table == NULL)
-		s->table = table_new(&s->table_fd);
+		s->table = table_new(ROWS_PER_WORKER * config.workers, config.max_conns, &s->table_fd);
 	if (!supervisor_publish(s, &bad))
 		return EX_CONFIG;
 	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;

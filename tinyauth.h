@@ -47,6 +47,11 @@ enum {
 	RATE_WAYS = 8,               /* addresses that share one set of the rate table */
 	RATE_SETS = 4096,            /* sets: 32,768 addresses are limited exactly at one time */
 
+	ROWS_PER_WORKER = 8,         /* rows of open connections: a worker that serves, and generations that drain */
+
+	STRETCH_MS = 30000,          /* a request body is looked at over so long */
+	STRETCH_BYTES = 30 << 10,    /* and cut when fewer bytes came */
+
 	LOG_BUF = 65536,             /* bytes of log lines waiting in a process */
 	LOG_LINE = 4096,             /* bytes of one line: PIPE_BUF, so that lines of several workers never mix */
 
@@ -153,7 +158,7 @@ enum dialect { DIALECT_OPENAI, DIALECT_OLLAMA, DIALECT_ANTHROPIC };
 enum reason {
 	R_NONE, R_HEALTH,
 	R_BAD_REQUEST, R_BAD_BODY, R_NO_KEY, R_BAD_KEY, R_KEY_OFF, R_METHOD, R_HEADER_TIMEOUT, R_BODY_TIMEOUT,
-	R_TARGET_LONG, R_EXPECT, R_IP_RATE, R_HEAD_LONG, R_NOT_IMPLEMENTED, R_VERSION,
+	R_TARGET_LONG, R_EXPECT, R_IP_RATE, R_IP_CONNS, R_HEAD_LONG, R_NOT_IMPLEMENTED, R_VERSION,
 	R_CLIENT_CLOSED, R_CLIENT_STALLED, R_UPSTREAM_REFUSED, R_UPSTREAM_CONNECT_TIMEOUT, R_UPSTREAM_CLOSED,
 	R_UPSTREAM_BAD, R_UPSTREAM_TIMEOUT, R_UPSTREAM_CUT, R_IDLE, R_FULL, R_STALE, R_DRAIN,
 	REASONS_COUNT
@@ -216,13 +221,21 @@ struct rate_slot {
 	_Atomic uint64_t tat_ns;     /* theoretical arrival time, CLOCK_MONOTONIC */
 };
 
+/* What one worker holds. Only that worker writes it, and the supervisor when the worker is gone. */
+struct conn_row {
+	uint32_t taken;              /* a living worker has it */
+	uint32_t used;               /* entries that may be other than 0 */
+	_Atomic uint64_t address[];  /* for each connection the identity of its client address */
+};
+
 struct table {
 	uint64_t magic;              /* TABLE_MAGIC, which changes with the layout */
 	uint64_t size;               /* bytes of the mapping */
 	uint64_t seed[2];            /* key of the address hash, random at creation */
+	uint32_t rows, conns;        /* rows that follow this struct, and entries of each */
 	struct rate_slot address[RATE_SETS][RATE_WAYS];
 };
-#define TABLE_MAGIC 0x316c626174796e74ull
+#define TABLE_MAGIC 0x326c626174796e74ull
 _Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
 
 /* ---- configuration ------------------------------------------------------------------------------------------- */
@@ -248,6 +261,7 @@ struct config {
 	bool upstream_given;
 	uint64_t workers, max_conns;
 	struct rate ip_rate;
+	uint64_t ip_conns;
 	const char *log;             /* path, or NULL: stderr */
 	int log_format;
 	uint64_t header_ms, connect_ms, first_byte_ms, idle_ms, keepalive_ms, drain_ms;
@@ -312,6 +326,8 @@ enum state {
 struct request {
 	uint64_t begin_ns, first_ns; /* head complete; first byte of the answer. CLOCK_MONOTONIC */
 	uint64_t in;                 /* bytes of the head */
+	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut */
+	uint64_t stretch_ns, stretch_in;  /* end of this stretch of time; body bytes before it */
 	const char *detail;          /* of the reason: configured or constant text */
 	uint64_t retry_ms;           /* what Retry-After tells */
 	struct key key;              /* name "" until found */
@@ -360,6 +376,7 @@ struct worker {
 	struct log *log;
 	const struct keys_map *keys;
 	struct table *table;
+	struct conn_row *row;        /* in it: what this worker holds; NULL: there was none left */
 	struct conn *conns;          /* max_conns of them */
 	struct request *requests;
 	struct conn *free_conn;
@@ -393,6 +410,7 @@ struct child {
 	int pid;                     /* 0: free */
 	int control;
 	int slot;                    /* number among the workers of its generation */
+	struct conn_row *row;        /* what it holds in the shared table */
 	bool draining;
 	uint64_t born_ns;
 };
