@@ -4201,14 +4201,14 @@ conn_late(struct worker *w, struct conn *c)
 	if (c->state == S_HEAD) {
 		head_clear(&w->head);
 		step = conn_refuse_head(w, c, late);
-	} else if (c->state == S_RELAY || c->state == S_TUNNEL)
+	} else if (c->state == S_RELAY)
 		step = conn_cut(w, c, pipe_waits(&c->resp) ? R_CLIENT_STALLED : late);
-	else if (late != R_NONE) {
+	else if (late != R_NONE && c->state != S_TUNNEL) {
 		c->request->close |= c->state == S_SEND;
 		step = conn_refuse_upstream(w, c, c->state == S_SEND && pipe_waits(&c->req) ? R_IDLE : late);
 	}
 	if (step == STEP_CLOSE)
-		conn_end(w, c, R_CLIENT_STALLED);
+		conn_end(w, c, late);
 	else
 		conn_step(w, c);
 }
