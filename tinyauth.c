@@ -332,13 +332,22 @@ random_fill(void *p, size_t n)
 		die(EXIT_FAILURE, "no random bytes: getentropy: %s", strerror(errno));
 }
 
-/* A mapping that costs memory only where it is touched. Dies when there is none: memory is decided at start. */
+/* A mapping that costs memory only where it is touched, or NULL. */
 static void *
-map_new(size_t n, int flags)
+map_try(size_t n, int flags)
 {
 	void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-	if (p == MAP_FAILED)
+	return p == MAP_FAILED ? NULL : p;
+}
+
+/* The same at start, where memory is decided: dies when there is none. */
+static void *
+map_new(size_t n, int flags)
+{
+	void *p = map_try(n, flags);
+
+	if (p == NULL)
 		die(EXIT_FAILURE, "cannot map %zu bytes: %s; lower --max-conns or --workers", n, strerror(errno));
 	return p;
 }
@@ -1482,7 +1491,11 @@ keys_parse(struct keys_map *map, struct slice text, const struct config *cfg, st
 
 	*h = (struct keys_half){.mask = (uint32_t)slots - 1};
 	memset(keys_index(map, half), 0, slots * sizeof(uint32_t));
-	uint32_t *names = map_new(slots * sizeof *names, MAP_PRIVATE);
+	uint32_t *names = map_try(slots * sizeof *names, MAP_PRIVATE);
+	if (names == NULL) {
+		complain(bad, 0, "no memory to read it");
+		return false;
+	}
 	if (cfg->env_key) {
 		row = (struct key_row){.name_len = 3};
 		memcpy(row.digest, cfg->env_digest, sizeof row.digest);
@@ -1529,7 +1542,7 @@ keys_unread(struct keys_file *f)
 static bool
 keys_read(const char *path, struct keys_file *f, struct complaints *bad)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
 	ssize_t n = 0;
 
 	*f = (struct keys_file){.mapped = KEYS_FILE_MAX};
@@ -1540,9 +1553,13 @@ keys_read(const char *path, struct keys_file *f, struct complaints *bad)
 			close(fd);
 		return false;
 	}
-	if (S_ISREG(f->st.st_mode) && f->st.st_size < KEYS_FILE_MAX)
+	if (f->st.st_size < KEYS_FILE_MAX)
 		f->mapped = (size_t)f->st.st_size + 1;
-	f->p = map_new(f->mapped, MAP_PRIVATE);
+	if (!S_ISREG(f->st.st_mode) || (f->p = map_try(f->mapped, MAP_PRIVATE)) == NULL) {
+		complain(bad, 0, "cannot be read: %s", S_ISREG(f->st.st_mode) ? "no memory for it" : "it is not a regular file");
+		close(fd);
+		return false;
+	}
 	while (f->n < f->mapped && (n = read(fd, f->p + f->n, f->mapped - f->n)) > 0)
 		f->n += (size_t)n;
 	if (n < 0)
@@ -1572,7 +1589,7 @@ keys_exposed(const struct keys_file *f)
 	return false;
 }
 
-/* A fresh key table with room for at least `rows` keys; *fd is its memfd, or -1 when it is anonymous. */
+/* A fresh key table with room for at least `rows` keys, or NULL; *fd is its memfd, or -1 when it is anonymous. */
 static struct keys_map *
 keys_new(uint64_t rows, size_t *size, int *fd)
 {
@@ -1584,9 +1601,12 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 	if (*fd >= 0 && ftruncate(*fd, (off_t)*size) == 0)
 		map = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
 	else
-		map = map_new(*size, MAP_SHARED);
-	if (map == MAP_FAILED)
-		die(EXIT_FAILURE, "cannot map %zu bytes for keys: %s", *size, strerror(errno));
+		map = map_try(*size, MAP_SHARED);
+	if (map == MAP_FAILED || map == NULL) {
+		if (*fd >= 0)
+			close(*fd);
+		return NULL;
+	}
 	map->capacity = (uint32_t)capacity;
 	map->slots = (uint32_t)slots;
 	random_fill(&map->salt, sizeof map->salt);
@@ -2437,7 +2457,8 @@ head_body(const struct head *h)
 enum chunk_state {
 	K_SIZE, K_EXT_NAME_FIRST, K_EXT_NAME, K_EXT_VALUE_FIRST, K_EXT_VALUE, K_EXT_QUOTED, K_EXT_ESCAPED, K_EXT_QUOTED_END,
 	K_SIZE_LF, K_DATA, K_DATA_CR, K_DATA_LF,
-	K_TRAILER_FIRST, K_TRAILER_NAME, K_TRAILER_VALUE, K_TRAILER_LF, K_END_LF
+	K_TRAILER_FIRST, K_TRAILER_NAME, K_TRAILER_VALUE, K_TRAILER_LF, K_END_LF,
+	K_BROKEN
 };
 
 /* Bytes of our own chunk line or end that stand for input which an earlier call took without writing anything: the
@@ -2547,7 +2568,7 @@ chunk_line_write(struct body *b, char *to)
 
 /* Reads chunks from `in` and writes them, as chunks of our own or bare, in place. */
 static ssize_t
-chunks_run(struct body *b, char *in, size_t n, char **out, size_t *out_n)
+chunks_read(struct body *b, char *in, size_t n, char **out, size_t *out_n)
 {
 	char *from = in, *end = in + n, *to = in - chunk_owed(b);
 
@@ -2587,6 +2608,17 @@ chunks_run(struct body *b, char *in, size_t n, char **out, size_t *out_n)
 	}
 	*out_n = (size_t)(to - *out);
 	return from - in;
+}
+
+/* A body that was broken once stays so: what follows is never taken for a part of it. */
+static ssize_t
+chunks_run(struct body *b, char *in, size_t n, char **out, size_t *out_n)
+{
+	ssize_t used = b->state == K_BROKEN ? -1 : chunks_read(b, in, n, out, out_n);
+
+	if (used < 0)
+		b->state = K_BROKEN;
+	return used;
 }
 
 /* Makes one chunk of `n` raw bytes: needs SLACK bytes before them and TAIL behind. */
@@ -3275,6 +3307,8 @@ pipe_run(struct pipe *p)
 	else if (out != p->mem + p->ready)
 		memmove(p->mem + p->ready, out, n);
 	p->ready += (uint32_t)n;
+	if (p->ready > p->end)               /* the end of a chunk that we made reaches into TAIL */
+		p->raw = p->end = p->ready;
 	return true;
 }
 
@@ -3418,8 +3452,8 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 		*upstream |= req_waits && !c->req.broken ? POLLOUT : 0;
 		break;
 	case S_TUNNEL:
-		*client = (req_waits ? 0 : POLLIN) | (resp_waits ? POLLOUT : 0);
-		*upstream = (resp_waits ? 0 : POLLIN) | (req_waits ? POLLOUT : 0);
+		*client = (req_waits || c->req.broken ? 0 : POLLIN) | (resp_waits ? POLLOUT : 0);
+		*upstream = (resp_waits ? 0 : POLLIN) | (req_waits && !c->req.broken ? POLLOUT : 0);
 		break;
 	case S_FLUSH:
 		*client = POLLOUT;
@@ -3559,6 +3593,7 @@ request_abandon(struct worker *w, struct conn *c, enum reason reason)
 static enum step
 request_next(struct worker *w, struct conn *c, bool close_it)
 {
+	c->upstream_turn = w->turn;
 	if (!close_it) {
 		conn_enter(w, c, S_IDLE);
 		return c->req.raw < c->req.end ? STEP_AGAIN : STEP_WAIT;
@@ -3600,7 +3635,7 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 	r->reason = (uint8_t)reason;
 	r->status = REASONS[reason].status;
 	r->quiet = reason == R_HEALTH;
-	if (reason == R_BAD_BODY || !request_swallow(c))
+	if (!request_swallow(c))
 		r->close = true;
 	out_number(&wait, (r->retry_ms + 999) / 1000);
 	struct verdict v = {.reason = reason, .dialect = r->dialect, .id = {r->id, r->id_len}, .retry_ms = r->retry_ms,
@@ -3695,11 +3730,13 @@ conn_admit(struct worker *w, struct conn *c)
 		r->retry_ms = wait_ns / NS_PER_MS + 1;
 		return R_IP_RATE;
 	}
-	if (atomic_load_explicit(&w->keys->stale, memory_order_acquire) != 0) {
+	reason = conn_authenticate(w, c);
+	uint32_t stale = atomic_load_explicit(&w->keys->stale, memory_order_acquire);
+	if (stale == STALE_ALL || (stale == STALE_PARTLY && reason == R_BAD_KEY)) {
 		r->close = true;
 		return R_STALE;
 	}
-	if ((reason = conn_authenticate(w, c)) != R_NONE)
+	if (reason != R_NONE)
 		return reason;
 	if (r->key.flags & KEY_OFF)
 		return R_KEY_OFF;
@@ -3770,7 +3807,7 @@ conn_forward(struct worker *w, struct conn *c)
 	r->upgrade = to.upgrade;
 	head_rewrite(&w->head, &to, &o);
 	if (o.full) {
-		w->head.why = "the head is too long to be passed on";
+		r->detail = "the head is too long to be passed on";
 		r->close = true;
 		return conn_refuse(w, c, R_HEAD_LONG);
 	}
@@ -3885,7 +3922,6 @@ relay_request(struct worker *w, struct conn *c)
 	case MOVE_BAD:
 		if (c->state == S_RELAY)
 			return conn_cut(w, c, R_BAD_BODY);
-		c->request->close = true;
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	case MOVE_END:
 	case MOVE_FROM_FAILED:
@@ -4010,7 +4046,6 @@ relay_done(struct worker *w, struct conn *c)
 	}
 	if (r->upstream_close || c->resp.raw < c->resp.end)   /* bytes that nobody asked for [r26] */
 		link_close(&c->upstream, false);
-	c->upstream_turn = w->turn;
 	pipe_drop(w, &c->resp);
 	bool close_it = r->close;
 	request_end(w, c, R_NONE);
@@ -4021,9 +4056,10 @@ static enum step
 relay_answer(struct worker *w, struct conn *c)
 {
 	uint64_t before = c->resp.out;
+	bool waited = pipe_waits(&c->resp);
 	enum move move = pipe_move(w, &c->resp, &c->upstream, &c->client);
 
-	if (c->resp.out != before)
+	if (c->resp.out != before || (!waited && pipe_waits(&c->resp)))
 		conn_touch(w, c);
 	switch (move) {
 	case MOVE_DONE:
@@ -4060,11 +4096,16 @@ static enum step
 step_tunnel(struct worker *w, struct conn *c)
 {
 	uint64_t before = c->req.out + c->resp.out;
-	enum move up = pipe_move(w, &c->req, &c->client, &c->upstream);
+	enum move up = c->req.broken ? MOVE_WAIT : pipe_move(w, &c->req, &c->client, &c->upstream);
 	enum move down = pipe_move(w, &c->resp, &c->upstream, &c->client);
 
 	if (c->req.out + c->resp.out != before)
 		conn_touch(w, c);
+	if (up == MOVE_TO_FAILED && down == MOVE_WAIT) {
+		c->req.broken = true;        /* what the upstream said before it closed still goes down */
+		c->upstream.seen |= POLLIN;
+		return STEP_AGAIN;
+	}
 	if (up == MOVE_WAIT && down == MOVE_WAIT)
 		return STEP_WAIT;
 	request_end(w, c, R_NONE);
@@ -4150,20 +4191,22 @@ conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer)
 static void
 conn_end(struct worker *w, struct conn *c, enum reason reason)
 {
-	if (c->request != NULL)
+	if (c->request != NULL) {
+		c->reset |= c->state == S_RELAY && c->resp.body.form == FORM_PLAIN;
 		request_end(w, c, reason);
+	}
 	conn_close(w, c);
 }
 
-/* Takes steps until the connection has to wait, or ends. */
+/* Takes steps until the connection has to wait, or ends, or until others must have their turn. */
 static void
 conn_step(struct worker *w, struct conn *c)
 {
-	enum step step;
+	enum step step = STEP_AGAIN;
 
-	do
+	for (int steps = 0; step == STEP_AGAIN && steps < STEPS_MAX; steps++)
 		step = STATES[c->state].step(w, c);
-	while (step == STEP_AGAIN);
+	c->again = step == STEP_AGAIN;
 	if (step == STEP_CLOSE) {
 		conn_end(w, c, R_CLIENT_CLOSED);
 		return;
@@ -4201,6 +4244,9 @@ conn_late(struct worker *w, struct conn *c)
 	if (c->state == S_HEAD) {
 		head_clear(&w->head);
 		step = conn_refuse_head(w, c, late);
+	} else if (c->state == S_CONNECT && c->request->address + 1u < config.upstream.addrs) {
+		c->request->address++;
+		step = conn_connect(w, c);
 	} else if (c->state == S_RELAY)
 		step = conn_cut(w, c, pipe_waits(&c->resp) ? R_CLIENT_STALLED : late);
 	else if (late != R_NONE && c->state != S_TUNNEL) {
@@ -4223,7 +4269,7 @@ conn_late(struct worker *w, struct conn *c)
  * WORKER
  * Owns: the connection pool, the loop around poll, the drain
  * Calls: BASICS, LOG, LINK, CONN
- * Promises: all memory is mapped in worker_start(); one clock look and at most one log write a turn
+ * Promises: all memory is mapped in worker_map(); one clock look and at most one log write a turn
  * Never: waits anywhere but in poll
  * ============================================================================================================= */
 
@@ -4237,7 +4283,7 @@ worker_map(struct worker *w)
 	w->requests = map_new(max * sizeof *w->requests, MAP_PRIVATE);
 	w->free_request = map_new(max * sizeof *w->free_request, MAP_PRIVATE);
 	w->free_buf = map_new(2 * max * sizeof *w->free_buf, MAP_PRIVATE);
-	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
+	w->ready = map_new((max + LISTEN_MAX * ACCEPTS_MAX) * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new((2 * max + LISTEN_MAX + 2) * sizeof *w->pfd, MAP_PRIVATE);
 	w->event = map_new(2 * max * sizeof *w->event, MAP_PRIVATE);
 	char *buf = map_new(2 * max * BUF_SIZE, MAP_PRIVATE);
@@ -4275,7 +4321,7 @@ worker_drain(struct worker *w)
 	worker_close_listeners(w);
 }
 
-/* A word from the supervisor: D, drain; L and a descriptor, the new log. Its end: it is gone. */
+/* A word from the supervisor: D, drain; X, end at once; L and a descriptor, the new log. Its end: it is gone. */
 static void
 worker_control(struct worker *w)
 {
@@ -4292,8 +4338,10 @@ worker_control(struct worker *w)
 		close(w->control);
 		w->control = -1;
 		worker_drain(w);
-	} else if (word == 'D')
+	} else if (word == 'D' || word == 'X') {
 		worker_drain(w);
+		w->drain_ns = word == 'X' ? w->now_ns : w->drain_ns;
+	}
 	else if (word == 'L' && c != NULL && c->cmsg_type == SCM_RIGHTS) {
 		int fd;
 		memcpy(&fd, CMSG_DATA(c), sizeof fd);
@@ -4312,10 +4360,11 @@ watch(struct worker *w, struct conn *c, struct link *l, int side, short interest
 
 	if (l->fd < 0 || (l->watched == 0 && interest == 0))
 		return;
-	/* Without memory for the watch the connection cannot go on: its descriptor is shut and poll or the sweep ends it. */
-	if (epoll_ctl(w->epoll, op, l->fd, &e) != 0)
-		shutdown(l->fd, SHUT_RDWR);
 	l->watched = interest;
+	if (epoll_ctl(w->epoll, op, l->fd, &e) == 0)
+		return;
+	l->watched = 0;                      /* no memory for the watch: the connection cannot go on, the sweep ends it */
+	c->deadline_ns = w->sweep_ns = w->now_ns;
 }
 
 /* Keeps the epoll set true for a link in it. What is watched beyond the interest stays, so that a kept-alive connection
@@ -4372,6 +4421,8 @@ worker_gather(struct worker *w)
 	}
 }
 
+/* A connection that gave way to another may leave a second entry behind; there are as many spare ones as can be accepted
+ * in a turn. */
 static void
 worker_queue(struct worker *w, struct conn *c)
 {
@@ -4491,6 +4542,8 @@ worker_accept(struct worker *w, int listener)
 		struct conn *c = w->polled.prev;
 		c->client.seen = POLLIN;     /* its request is often there already */
 		worker_step(w, c);
+		if (c->state != S_FREE && c->again)
+			worker_queue(w, c);
 	}
 }
 
@@ -4510,7 +4563,7 @@ worker_sweep(struct worker *w)
 		if (c->deadline_ns <= w->now_ns) {
 			conn_late(w, c);
 			if (c->state != S_FREE)
-				worker_step(w, c);   /* its interest changed */
+				worker_queue(w, c);  /* its interest changed */
 		}
 		if (c->state != S_FREE && c->deadline_ns < next)
 			next = c->deadline_ns;
@@ -4526,6 +4579,8 @@ worker_patience(const struct worker *w)
 {
 	uint64_t until = w->sweep_ns, ms;
 
+	if (w->readies > 0)
+		return 0;
 	if (w->log->n > 0 && until > w->now_ns + LOG_RETRY_MS * NS_PER_MS)
 		until = w->now_ns + LOG_RETRY_MS * NS_PER_MS;
 	if (w->accept_ns > w->now_ns && w->accept_ns < until)
@@ -4538,6 +4593,25 @@ worker_patience(const struct worker *w)
 	return ms < 60000 ? (int)ms : 60000;
 }
 
+/* Steps all that are ready. Those that could go on at once stay in the list for the next turn, which does not wait. */
+static void
+worker_step_ready(struct worker *w)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < w->readies; i++) {
+		struct conn *c = w->ready[i];
+		if (c->state == S_FREE)
+			continue;
+		worker_step(w, c);
+		if (c->state != S_FREE && c->again) {
+			c->queued = true;
+			w->ready[kept++] = c;
+		}
+	}
+	w->readies = kept;
+}
+
 static void
 worker_turn(struct worker *w)
 {
@@ -4547,13 +4621,13 @@ worker_turn(struct worker *w)
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
 	w->turn++;
-	w->readies = 0;
 	if (n > 0) {
 		worker_collect_polled(w);
 		if (w->pfd[1].revents != 0)
 			worker_collect_parked(w);
-		for (size_t i = 0; i < w->readies; i++)
-			worker_step(w, w->ready[i]);
+	}
+	worker_step_ready(w);
+	if (n > 0) {
 		for (unsigned i = 0; i < w->listeners; i++)
 			if (w->pfd[2 + i].revents != 0)
 				worker_accept(w, w->listener[i]);
@@ -4694,6 +4768,7 @@ listeners_passed(struct supervisor *s)
 {
 	const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
 	uint64_t owner = 0, n = 0;
+	int one = 1;
 
 	if (pid == NULL || count == NULL || !number_read(slice_of(pid), &owner) || owner != (uint64_t)getpid() ||
 	    !number_read(slice_of(count), &n))
@@ -4704,6 +4779,7 @@ listeners_passed(struct supervisor *s)
 		int fd = 3 + (int)i;
 		if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) != 0)
 			die(EX_CONFIG, "LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* no harm to a unix socket */
 		s->listener[i] = fd;
 	}
 	unsetenv("LISTEN_PID");
@@ -4875,7 +4951,7 @@ supervisor_reap(struct supervisor *s)
 				table_row_give(child->row);
 			if (!child->draining || status != 0)
 				log_worker_died(s->log, child, status);
-			if (!child->draining)
+			if (!child->draining && !s->draining)
 				supervisor_replace(s, child);
 			child->pid = 0;
 		}
@@ -4899,25 +4975,16 @@ look_equal(const struct keys_look *a, const struct keys_look *b)
 
 /* Reads the keys into the idle half of a mapping that has room for them: the one in use, or a larger new one. */
 static struct keys_map *
-supervisor_parse(struct supervisor *s, struct complaints *bad, size_t *size, int *fd)
+supervisor_parse(struct supervisor *s, struct slice text, struct complaints *bad, size_t *size, int *fd)
 {
-	struct keys_file file = {.p = NULL};
-	struct keys_map *map = s->keys;
-
-	if (config.keys != NULL && !keys_read(config.keys, &file, bad))
-		return NULL;
-	if (file.p != NULL)
-		s->loaded = s->last = look_of(&file.st);
-	struct slice text = {file.p == NULL ? "" : file.p, file.n};
 	uint64_t rows = keys_lines(text) + 1;
-	if (map == NULL || rows > map->capacity)
-		map = keys_new(2 * rows, size, fd);
-	bool good = keys_parse(map, text, &config, bad);
-	if (good && file.p != NULL && keys_exposed(&file))
-		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", config.keys);
-	keys_unread(&file);
+	struct keys_map *map = s->keys != NULL && rows <= s->keys->capacity ? s->keys : keys_new(2 * rows, size, fd);
+
+	if (map == NULL)
+		complain(bad, 0, "no memory for so many keys");
+	bool good = map != NULL && keys_parse(map, text, &config, bad);
 	complaints_end(bad);
-	if (!good && map != s->keys) {
+	if (map != NULL && !good && map != s->keys) {
 		munmap(map, *size);
 		if (*fd >= 0)
 			close(*fd);
@@ -4925,31 +4992,58 @@ supervisor_parse(struct supervisor *s, struct complaints *bad, size_t *size, int
 	return good ? map : NULL;
 }
 
+/* The old workers go on with a mapping that is too small for all keys: it gets those that fit, so that what was revoked is
+ * refused there as well. A key that is not found there may be a new one, and is sent to a new connection. */
+static void
+supervisor_retire(struct keys_map *old, struct slice text)
+{
+	struct complaints ignored = {.to = NULL};
+	struct slice rest = text;
+
+	for (uint32_t lines = 1; lines < old->capacity && rest.n > 0; lines++)
+		text_line(&rest);
+	bool fits = keys_parse(old, (struct slice){text.p, (size_t)(rest.p - text.p)}, &config, &ignored);
+	if (fits)
+		keys_flip(old);
+	atomic_store(&old->stale, fits ? STALE_PARTLY : STALE_ALL);
+}
+
 /* Puts new keys in force. A file that outgrew the mapping gets a larger one, and workers that know it. */
 static bool
 supervisor_publish(struct supervisor *s, struct complaints *bad)
 {
+	struct keys_file file = {.p = NULL};
+	struct keys_map *old = s->keys;
 	size_t size = 0;
 	int fd = -1;
-	struct keys_map *map = supervisor_parse(s, bad, &size, &fd);
 
-	if (map == NULL)
+	if (config.keys != NULL && !keys_read(config.keys, &file, bad))
 		return false;
-	keys_flip(map);
-	if (map == s->keys)
-		return true;
-	if (s->keys != NULL) {
-		atomic_store(&s->keys->stale, 1);
-		munmap(s->keys, s->keys_size);
-		if (s->keys_fd >= 0)
-			close(s->keys_fd);
+	if (file.p != NULL)
+		s->loaded = s->last = look_of(&file.st);
+	struct slice text = {file.p == NULL ? "" : file.p, file.n};
+	struct keys_map *map = supervisor_parse(s, text, bad, &size, &fd);
+	if (map != NULL && file.p != NULL && keys_exposed(&file))
+		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", config.keys);
+	if (map != NULL)
+		keys_flip(map);
+	if (map != NULL && map != old) {
+		int old_fd = s->keys_fd;
+		size_t old_size = s->keys_size;
+		s->keys = map;
+		s->keys_size = size;
+		s->keys_fd = fd;
+		if (s->serving)
+			supervisor_generation(s);
+		if (old != NULL) {
+			supervisor_retire(old, text);
+			munmap(old, old_size);
+		}
+		if (old != NULL && old_fd >= 0)
+			close(old_fd);
 	}
-	s->keys = map;
-	s->keys_size = size;
-	s->keys_fd = fd;
-	if (s->serving)
-		supervisor_generation(s);
-	return true;
+	keys_unread(&file);
+	return map != NULL;
 }
 
 static uint64_t
@@ -5028,9 +5122,10 @@ upgrade_lift(int fd, int above)
 	if (fd < 0 || fd >= above)
 		return fd;
 	int lifted = fcntl(fd, F_DUPFD_CLOEXEC, above);
-	if (lifted >= 0)
-		close(fd);
-	return lifted >= 0 ? lifted : fd;
+	if (lifted < 0)
+		return fd;
+	close(fd);
+	return lifted;
 }
 
 /* Shows or hides from exec() what the next binary takes over besides the listeners. */
@@ -5100,12 +5195,16 @@ supervisor_upgrade(struct supervisor *s)
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			s->child[i].control = upgrade_lift(s->child[i].control, above);
+	bool listening = true;
 	for (unsigned i = 0; i < s->listeners; i++)
-		dup2(s->listener[i], 3 + (int)i);
+		listening = listening && s->listener[i] >= above && dup2(s->listener[i], 3 + (int)i) >= 0;
 	upgrade_expose(s, true);
-	if (upgrade_environment(s))
+	if (s->keys_fd < 0)                  /* cannot be handed over: the old workers must not go on with keys nobody edits */
+		atomic_store(&s->keys->stale, STALE_ALL);
+	if (listening && upgrade_environment(s))
 		execv(s->binary, s->argv);
 	log_failure(s->log, "upgrade_refused", "the new binary cannot be executed; the old one goes on", errno);
+	atomic_store(&s->keys->stale, 0);
 	upgrade_expose(s, false);
 	for (unsigned i = 0; i < s->listeners; i++)
 		close(3 + (int)i);
@@ -5129,7 +5228,7 @@ inherit_map(int fd, uint64_t magic, size_t *size)
 	if (*map == magic)
 		return map;
 	if (magic == KEYS_MAGIC)
-		atomic_store(&((struct keys_map *)map)->stale, 1);
+		atomic_store(&((struct keys_map *)map)->stale, STALE_ALL);
 	munmap(map, *size);
 	close(fd);
 	return NULL;
@@ -5195,7 +5294,18 @@ supervisor_stop(struct supervisor *s)
 		if (config.listen[i].ss.ss_family == AF_UNIX)
 			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
 	s->listeners = 0;
+	memset(s->respawn_ns, 0, sizeof s->respawn_ns);
 	supervisor_drain_children(s);
+}
+
+/* The second one: workers end at once, so that cut streams look cut, and are killed when they do not. */
+static void
+supervisor_hurry(struct supervisor *s)
+{
+	s->kill_ns = s->now_ns + HURRY_MS * NS_PER_MS;
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			child_tell(&s->child[i], 'X', -1);
 }
 
 static bool
@@ -5216,6 +5326,8 @@ supervisor_wait(struct supervisor *s)
 	for (uint64_t slot = 0; slot < config.workers; slot++)
 		if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] < until)
 			until = s->respawn_ns[slot];
+	if (s->kill_ns != 0 && s->kill_ns < until)
+		until = s->kill_ns;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
 	if (s->log->n > 0 && ns > LOG_RETRY_MS * NS_PER_MS)
 		ns = LOG_RETRY_MS * NS_PER_MS;
@@ -5233,11 +5345,14 @@ supervisor_serve(struct supervisor *s)
 		supervisor_wait(s);
 		if (signal_child && !(signal_child = 0))
 			supervisor_reap(s);
-		if (signal_stop > (s->draining ? 1 : 0)) {
+		if (signal_stop > s->stops && s->stops++ < 2) {
 			if (s->draining)
-				break;
-			supervisor_stop(s);
+				supervisor_hurry(s);
+			else
+				supervisor_stop(s);
 		}
+		if (s->kill_ns != 0 && s->now_ns >= s->kill_ns)
+			break;
 		if (signal_usr1 && !(signal_usr1 = 0))
 			supervisor_reopen_log(s);
 		if (!s->draining) {
@@ -5294,7 +5409,7 @@ supervisor_run(char *const *argv)
 	supervisor_inherit(s);
 	if (s->table == NULL)
 		s->table = table_new(ROWS_PER_WORKER * config.workers, config.max_conns, &s->table_fd);
-	if (!supervisor_publish(s, &bad))
+	if (!supervisor_publish(s, &bad) && s->keys == NULL)   /* an upgrade goes on with the keys it was handed */
 		return EX_CONFIG;
 	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;
 	if (fd < 0)
@@ -5354,7 +5469,10 @@ edit_verify(struct slice text, const char *path)
 
 	if (keys_count(text) == 0)
 		return;
-	if (!keys_parse(keys_new(keys_lines(text) + 1, &size, &fd), text, &plain, &bad)) {
+	struct keys_map *map = keys_new(keys_lines(text) + 1, &size, &fd);
+	if (map == NULL)
+		die(EXIT_FAILURE, "%s: no memory to read it", path);
+	if (!keys_parse(map, text, &plain, &bad)) {
 		complaints_end(&bad);
 		die(EXIT_FAILURE, "%s: not changed: mend it first", path);
 	}
@@ -5637,7 +5755,7 @@ command_check(void)
 		return EXIT_FAILURE;
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
 	struct keys_map *map = keys_new(keys_lines(text) + 1, &size, &fd);
-	bool good = keys_parse(map, text, &config, &bad);
+	bool good = map != NULL && keys_parse(map, text, &config, &bad);
 	complaints_end(&bad);
 	if (!good)
 		return EXIT_FAILURE;

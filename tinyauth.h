@@ -36,6 +36,7 @@ enum {
 	BUF_SIZE = 40960,            /* one pipe buffer: the largest head, what the rewriting adds, SLACK and TAIL */
 	ADDED_MAX = 4096,            /* of it, bytes that the rewriting of a head may add */
 	RAW_MAX = BUF_SIZE - ADDED_MAX - 2 * SLACK - TAIL,  /* bytes read ahead at most: a head, rewritten, and the rest still fit */
+	STEPS_MAX = 64,              /* steps of one connection in a turn: some 16 pipelined requests */
 	MOVES_MAX = 4,               /* full buffers one pipe moves in a turn before the others get theirs */
 
 	KEY_NAME_MAX = 64,           /* bytes of a key's name */
@@ -70,6 +71,7 @@ enum {
 	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
 	LOG_RETRY_MS = 200,          /* a log that could not be written is tried again after so long */
 	WATCH_MS = 1000,             /* time between two looks at the keys file */
+	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
 	RESPAWN_MAX_MS = 1000,
 	YOUNG_MS = 1000              /* a worker that lived shorter died young */
@@ -186,6 +188,8 @@ struct keys_half {
 	uint32_t unused;
 };
 
+enum { STALE_ALL = 1, STALE_PARTLY = 2 };
+
 /* The published keys: one mapping, written by the supervisor, read-only in workers. `generation & 1` is the half that
  * holds; a reader that sees the generation changed while it read, reads again. */
 struct keys_map {
@@ -193,8 +197,8 @@ struct keys_map {
 	uint64_t salt;               /* odd; where in the index a digest goes is nobody's guess */
 	uint32_t capacity;           /* rows of a half */
 	uint32_t slots;              /* index slots of a half */
-	_Atomic uint32_t stale;      /* 1: a newer mapping took over and this one is not written any more: refuse all. Always at
-	                              * this offset, whatever the layout, so that an older worker hears of it */
+	_Atomic uint32_t stale;      /* a newer mapping took over: STALE_ALL, refuse everything; STALE_PARTLY, this one has not all
+	                              * keys. Always at this offset, whatever the layout, so that an older worker hears of it */
 	uint32_t unused;
 	_Atomic uint64_t generation;
 	struct keys_half half[2];
@@ -294,7 +298,8 @@ struct link {
 	bool blocked;                /* the last write was cut short: wait for POLLOUT */
 };
 
-/* One direction. mem[start,ready) is understood and goes out next, mem[raw,end) came in and is not looked at yet.
+/* One direction: kept <= start <= ready <= raw <= end, and SLACK bytes before start, TAIL bytes behind end are there to be
+ * written to. mem[start,ready) is understood and goes out next, mem[raw,end) came in and is not looked at yet.
  * mem is NULL, one of the worker's scratch buffers (only within a turn) or a pool buffer. */
 struct pipe {
 	char *mem;
@@ -362,6 +367,7 @@ struct conn {
 	uint8_t state;
 	bool parked;                 /* watched by epoll instead of being in the poll set */
 	bool quiet;                  /* nothing happened on it in this turn */
+	bool again;                  /* it could go on at once, but others come first */
 	bool queued;                 /* among those to be stepped in this turn */
 	bool waiting;                /* in the list of those that give way */
 	bool reset;                  /* the client has to see a cut, not an end */
@@ -433,6 +439,8 @@ struct supervisor {
 	} loaded, last;
 	uint64_t look_ns, now_ns;
 	bool draining;
+	int stops;                   /* TERM and INT that were acted on */
+	uint64_t kill_ns;            /* when workers that do not end are killed; 0: not yet */
 	bool serving;                /* workers run: a larger key mapping needs new ones */
 	bool bound;                  /* the listeners are our own, not passed in */
 	char *const *argv;

@@ -4,6 +4,7 @@ The same seed and index make the same bytes, whatever else was made before.
 """
 
 import base64
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def request_stream(seed, index):
     draw = rng.random()
     if draw < 0.25:
         return plain_stream(rng, index)
-    seed_bytes = rng.choice(case_seeds()) if draw < 0.5 and case_seeds() else plain_stream(rng, index).raw
-    raw = mutate(rng, seed_bytes, lambda: rng.choice(case_seeds() or [seed_bytes]))
+    untouched = rng.choice(case_seeds()) if draw < 0.5 else plain_stream(rng, index).raw
+    raw = mutate(rng, untouched, lambda: rng.choice(case_seeds()))
     if rng.random() < 0.7:
         raw += last_request(index)
     return Stream(index, raw, cuts_of(rng, raw), last=last_target(index))
@@ -149,9 +150,11 @@ def target(rng, method):
 def credentials(rng, keyless):
     key = KEY.decode()
     if keyless:
-        return rng.choice([[], ["Authorization: Bearer wrong"], [f"X-Api-Key: {key[:-1]}"], ["Authorization: Bearer"], [f"Authorization: Bearer {key.swapcase()}"]])
+        return rng.choice([[], ["Authorization: Bearer wrong"], [f"X-Api-Key: {key[:-1]}"], ["Authorization: Bearer"],
+                           [f"Authorization: Bearer {key.swapcase()}"]])
     basic = base64.b64encode(b"user:" + KEY).decode()
-    return [rng.choice([f"Authorization: Bearer {key}", f"authorization: bEaReR   {key}", f"X-Api-Key: {key}", f"Api-Key:{key}", f"Authorization: Basic {basic}"])]
+    return [rng.choice([f"Authorization: Bearer {key}", f"authorization: bEaReR   {key}", f"X-Api-Key: {key}", f"Api-Key:{key}",
+                        f"Authorization: Basic {basic}"])]
 
 
 def request_body(rng):
@@ -184,15 +187,12 @@ def cuts_of(rng, raw):
     return list(range(1, len(raw)))
 
 
-def case_seeds(memory=[]):
+@functools.cache
+def case_seeds():
     """The client's bytes of every case file, without their marks."""
-    if not memory:
-        for path in CASE_FILES:
-            for case in cases.read_file(path):
-                raw = b"".join(piece for piece in case.pieces if isinstance(piece, bytes))
-                if 0 < len(raw) < 20000:
-                    memory.append(raw)
-    return memory
+    held = [case for path in CASE_FILES for case in cases.read_file(path)]
+    raws = [b"".join(piece for piece in case.pieces if isinstance(piece, bytes)) for case in held]
+    return [raw for raw in raws if 0 < len(raw) < 20000]
 
 
 # Mutations
@@ -344,9 +344,7 @@ def response_script(seed, index):
     if draw < 0.2:
         if needs_close(head, method):
             script.end = "close"
-    elif draw < 0.45 and cut_short(rng, script, head, body):
-        pass
-    else:
+    elif draw > 0.45 or not cut_short(rng, script, head):
         mutate_response(rng, script)
     script.cuts = cuts_of(rng, script.raw)
     return script
@@ -382,7 +380,7 @@ def one_response(rng, method, index):
     return head, sent, f"{status[:3]}:{'' if bodyless else body.hex()}"
 
 
-def cut_short(rng, script, head, body):
+def cut_short(rng, script, head):
     """End the response inside its body, or anywhere before that; true when that leaves it visibly cut."""
     least = 1 if rng.random() < 0.3 else len(head)
     whole_at = len(script.raw)
