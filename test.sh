@@ -1,10 +1,11 @@
 #!/bin/sh
-# Runs the unit tests (the program that UNIT_TESTS names, when it does) and the end-to-end tests on the built binary.
+# Runs the unit tests (the program that UNIT_TESTS names, when it does), the end-to-end tests and the regressions on the
+# built binary.
 #
 #   test.sh [--tinyauth BIN] [--no-measure] [-v] [PATTERN]
 #
-# --no-measure leaves out what measures time and memory, for slow builds; PATTERN picks end-to-end tests by a part of
-# their name. The last line is `N passed, N failed`; exit status 0 when nothing failed.
+# --no-measure leaves out what measures time and memory, for slow builds; PATTERN picks tests (not unit tests)
+# by a part of their name. The last line is `N passed, N failed`; exit status 0 when nothing failed.
 set -u
 
 here=$(dirname "$0")
@@ -32,7 +33,7 @@ run() {
     [ -n "$counts" ] || counts="0 0"
     passed=$((passed + ${counts% *}))
     failed=$((failed + ${counts#* }))
-    if [ "$status" -ne 0 ] && [ "${counts#* }" -eq 0 ] || [ "$counts" = "0 0" ]; then
+    if { [ "$status" -ne 0 ] && [ "${counts#* }" -eq 0 ]; } || { [ "$counts" = "0 0" ] && [ -z "$pattern" ]; }; then
         echo "FAILED  $name ended with status $status"
         failed=$((failed + 1))
     fi
@@ -55,6 +56,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ $# -le 1 ] || usage
+pattern=${1:-}
 
 if [ ! -x "$binary" ]; then
     echo "FAILED  no $binary; build it with make"
@@ -69,8 +71,14 @@ trap 'exit 130' INT TERM
 if [ -n "${UNIT_TESTS:-}" ]; then
     run "unit tests" "$UNIT_TESTS"
 fi
-run "end-to-end tests" python3 "$here/tests/e2e.py" --tinyauth "$binary" ${verbose:+"$verbose"} ${measure:+"$measure"} \
-    "${1:-}"
+for tests in e2e regressions; do
+    run "tests/$tests.py" python3 "$here/tests/$tests.py" --tinyauth "$binary" ${verbose:+"$verbose"} \
+        ${measure:+"$measure"} "$pattern"
+done
+if [ $((passed + failed)) -eq 0 ]; then
+    echo "FAILED  no test has '$pattern' in its name"
+    failed=1
+fi
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

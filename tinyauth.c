@@ -1810,7 +1810,7 @@ static const struct field_name {
 	{{"transfer-encoding", 17}, F_TRANSFER_ENCODING}, {{"authorization", 13}, F_AUTHORIZATION},
 	{{"x-api-key", 9}, F_X_API_KEY}, {{"api-key", 7}, F_API_KEY}, {{"expect", 6}, F_EXPECT},
 	{{"upgrade", 7}, F_UPGRADE}, {{"te", 2}, F_TE}, {{"x-request-id", 12}, F_X_REQUEST_ID},
-	{{"keep-alive", 10}, F_HOP}, {{"proxy-", 6}, F_HOP}, {{"http2-settings", 14}, F_HOP}, {{"trailer", 7}, F_HOP},
+	{{"range", 5}, F_RANGE}, {{"keep-alive", 10}, F_HOP}, {{"proxy-", 6}, F_HOP}, {{"http2-settings", 14}, F_HOP}, {{"trailer", 7}, F_HOP},
 	{{"x-forwarded-", 12}, F_FORWARDED}, {{"forwarded", 9}, F_FORWARDED}, {{"x-real-ip", 9}, F_FORWARDED},
 	{{"x-client-ip", 11}, F_FORWARDED}, {{"true-client-ip", 14}, F_FORWARDED},
 	{{"x-cluster-client-ip", 19}, F_FORWARDED},
@@ -2338,6 +2338,9 @@ field_request(struct head *h, const struct field *f)
 	case F_X_REQUEST_ID:
 		h->request_id = f->value;
 		return 1;
+	case F_RANGE:
+		h->has_range = true;
+		return 1;
 	default:
 		return 1;
 	}
@@ -2470,6 +2473,8 @@ chunk_owed(const struct body *b)
 
 	if (b->form != FORM_SAME)
 		return 0;
+	if (b->state == K_DATA_LF)
+		return 1;
 	if (b->state == K_END_LF)
 		return 4;
 	if (b->state >= K_TRAILER_FIRST)
@@ -2589,8 +2594,10 @@ chunks_read(struct body *b, char *in, size_t n, char **out, size_t *out_n)
 			if (c != (b->state == K_DATA_CR ? '\r' : '\n'))
 				return -1;
 			b->state = b->state == K_DATA_CR ? K_DATA_LF : K_SIZE;
-			if (b->form == FORM_SAME)
-				*to++ = c;
+			if (b->form == FORM_SAME && c == '\n') {   /* both or none: some take CR alone for the end */
+				*to++ = '\r';
+				*to++ = '\n';
+			}
 		} else if (b->state >= K_TRAILER_FIRST) {
 			if (!chunk_trailer_byte(b, c))
 				return -1;
@@ -2698,13 +2705,72 @@ struct forward {
 	struct slice proto;          /* http or https */
 	struct slice id;             /* X-Request-Id */
 	bool upgrade;
+	bool close;                  /* the upstream connection serves this request only */
 };
 
 /* Passed on: what is nobody's business but the model's. Never a credential, never what we set ourselves. */
 static bool
 head_passes(const struct head *h, const struct field *f)
 {
-	return f->id == F_OTHER && !head_option_names(h, f->name);
+	return (f->id == F_OTHER || f->id == F_RANGE) && !head_option_names(h, f->name);
+}
+
+static bool
+head_method_among(const struct head *h, const struct slice *method, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (slice_equal(h->method, method[i]))
+			return true;
+	return false;
+}
+
+static bool
+head_has_body(const struct head *h)
+{
+	return h->chunked || h->length > 0;
+}
+
+/* Methods whose body every server reads. One of them without a body says so [RFC 9110 8.6]. */
+static bool
+head_wants_length(const struct head *h)
+{
+	static const struct slice METHODS[] = {{"POST", 4}, {"PUT", 3}, {"PATCH", 5}};
+
+	return head_method_among(h, METHODS, LENGTH(METHODS));
+}
+
+/* A body that some servers take for the next request: it goes on a connection where there is none. */
+static bool
+head_hides_body(const struct head *h)
+{
+	return head_has_body(h) && (h->has_range || !head_wants_length(h));
+}
+
+/* Would a parser behind us stop at this head, and take its body for the next request? The smallest limits are those of
+ * cpp-httplib, which serves llama-server. 0, or the status of the refusal with h->why. */
+static int
+head_unsafe(struct head *h)
+{
+	static const struct slice METHODS[] = {{"GET", 3}, {"HEAD", 4}, {"OPTIONS", 7}, {"DELETE", 6}};
+	unsigned fields = FIELDS_ADDED;
+
+	if (slice_equal(h->method, S("PRI")))
+		return -head_bad(h, 501, "PRI is the beginning of HTTP/2, which is not spoken here");
+	if (!head_has_body(h))
+		return 0;
+	if (!head_wants_length(h) && !head_method_among(h, METHODS, LENGTH(METHODS)))
+		return -head_bad(h, 501, "a body goes with POST, PUT, PATCH, DELETE, GET, HEAD and OPTIONS only");
+	const char *query = memchr(h->target.p, '?', h->target.n);
+	if (query != NULL && memchr(query + 1, '?', h->target.n - (size_t)(query + 1 - h->target.p)) != NULL)
+		return -head_bad(h, 400, "a second ? in the target of a request with a body: write it as %3F");
+	if (h->method.n + h->target.n + sizeof "  HTTP/1.1\r\n" > LINE_MAX_SENT)
+		return -head_bad(h, 414, "the request line is longer than 8192 bytes");
+	for (unsigned i = 0; i < h->fields; i++) {
+		fields += head_passes(h, &h->field[i]);
+		if (h->field[i].name.n + h->field[i].value.n + sizeof ": \r\n" > LINE_MAX_SENT)
+			return -head_bad(h, 431, "a field of a request with a body is longer than 8192 bytes");
+	}
+	return fields > FIELDS_MAX ? -head_bad(h, 431, "a request with a body has more than 88 fields") : 0;
 }
 
 /* Writes the request head anew for the upstream. [r20] */
@@ -2727,17 +2793,19 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 	}
 	if (h->chunked)
 		put_field(o, "Transfer-Encoding", S("chunked"));
-	else if (h->has_length) {
+	else if (h->has_length || head_wants_length(h)) {
 		out_text(o, "Content-Length: ");
 		out_number(o, h->length);
 		out_bytes(o, "\r\n", 2);
 	}
 	if (h->expect_continue && h->minor == 1)
 		put_field(o, "Expect", S("100-continue"));
-	if (h->te_trailers)
+	if (h->te_trailers && !to->close)
 		put_field(o, "TE", S("trailers"));
 	if (to->upgrade)
 		out_text(o, "Upgrade: websocket\r\nConnection: upgrade\r\n");
+	else if (to->close)
+		put_field(o, "Connection", S("close"));
 	else if (h->te_trailers)
 		out_text(o, "Connection: TE\r\n");
 	put_field(o, "X-Real-IP", to->addr);
@@ -2784,7 +2852,7 @@ answer_framing(const struct head *h, const struct body *b, uint8_t client_minor,
 
 	if (h->status < 200 || h->status == 204)
 		return;
-	if (chunks && client_minor == 1)
+	if (chunks && client_minor == 1 && h->status != 304)   /* some clients wait for the chunks of a 304 */
 		put_field(o, "Transfer-Encoding", S("chunked"));
 	else if (h->has_length) {
 		out_text(o, "Content-Length: ");
@@ -3713,8 +3781,21 @@ conn_authenticate(struct worker *w, struct conn *c)
 	return R_NONE;
 }
 
+/* A head that the parser refused: how it is answered. All of these end the connection. */
+static enum reason
+reason_of_status(int status)
+{
+	static const struct { int status; enum reason reason; } TABLE[] = {
+		{405, R_METHOD}, {414, R_TARGET_LONG}, {417, R_EXPECT}, {431, R_HEAD_LONG}, {501, R_NOT_IMPLEMENTED}, {505, R_VERSION}};
+
+	for (size_t i = 0; i < LENGTH(TABLE); i++)
+		if (TABLE[i].status == status)
+			return TABLE[i].reason;
+	return R_BAD_REQUEST;
+}
+
 /* The whole policy: parsed already; then health, address limit, key. The places of preflight, expiry, addresses, route,
- * model, key rate, in-flight and tokens are marked. R_NONE: it may pass. */
+ * model, key rate, in-flight and tokens are marked. At last, what the parsers behind us would misread. R_NONE: it may pass. */
 static enum reason
 conn_admit(struct worker *w, struct conn *c)
 {
@@ -3741,20 +3822,12 @@ conn_admit(struct worker *w, struct conn *c)
 	if (r->key.flags & KEY_OFF)
 		return R_KEY_OFF;
 	/* expiry, addresses, route, model, key rate, in-flight, tokens */
-	return R_NONE;
-}
-
-/* A head that the parser refused: how it is answered. All of these end the connection. */
-static enum reason
-reason_of_status(int status)
-{
-	static const struct { int status; enum reason reason; } TABLE[] = {
-		{405, R_METHOD}, {414, R_TARGET_LONG}, {417, R_EXPECT}, {431, R_HEAD_LONG}, {501, R_NOT_IMPLEMENTED}, {505, R_VERSION}};
-
-	for (size_t i = 0; i < LENGTH(TABLE); i++)
-		if (TABLE[i].status == status)
-			return TABLE[i].reason;
-	return R_BAD_REQUEST;
+	int status = head_unsafe(&w->head);
+	if (status == 0)
+		return R_NONE;
+	r->close = true;
+	r->detail = h->why;
+	return reason_of_status(status);
 }
 
 static enum step
@@ -3802,9 +3875,10 @@ conn_forward(struct worker *w, struct conn *c)
 	struct request *r = c->request;
 	struct out o = pipe_build(w, &c->req);
 	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = S("http"),
-	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head)};
+	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head), .close = head_hides_body(&w->head)};
 
 	r->upgrade = to.upgrade;
+	r->upstream_close = to.close;
 	head_rewrite(&w->head, &to, &o);
 	if (o.full) {
 		r->detail = "the head is too long to be passed on";
@@ -3984,7 +4058,7 @@ relay_final(struct worker *w, struct conn *c)
 	b.form = (uint8_t)answer_form(&b, r->minor);
 	r->status = (uint16_t)h->status;
 	r->first_ns = w->now_ns;
-	r->upstream_close = h->close || h->minor == 0 || b.kind == BODY_CLOSE;
+	r->upstream_close |= h->close || h->minor == 0 || b.kind == BODY_CLOSE;
 	if (!c->req.body.done && (c->req.broken || r->upstream_close))
 		r->close = true;
 	if (w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))

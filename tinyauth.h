@@ -18,6 +18,8 @@ enum {
 	TARGET_MAX = 8192,           /* bytes of a request target; longer is 414 [RFC 9112 3] */
 	HEAD_MAX = 16384,            /* bytes of a request head, line and fields; longer is 431 [RFC 6585 5] */
 	FIELDS_MAX = 100,            /* fields of a head; more is 431, in a response 502 */
+	FIELDS_ADDED = 12,           /* fields that the rewriting adds at most; those and the client's are FIELDS_MAX at most */
+	LINE_MAX_SENT = 8192,        /* bytes of a line that goes upstream */
 	OPTIONS_NAMED_MAX = 32,      /* connection options of a head; more is 431, in a response 502 [RFC 9110 7.6.1] */
 	ANSWER_HEAD_MAX = 32768,     /* bytes of a response head; longer is 502 */
 	TRAILER_MAX = 4096,          /* bytes of a body's trailer section */
@@ -108,7 +110,8 @@ enum field_id {
 	F_FORWARDED,                 /* says who the client is: dropped from a request, passed in a response */
 	F_UNDERSCORE,                /* `_` in the name: dropped from a request, passed in a response */
 	F_HOST, F_CONTENT_LENGTH, F_TRANSFER_ENCODING, F_CONNECTION, F_AUTHORIZATION, F_X_API_KEY, F_API_KEY,
-	F_EXPECT, F_UPGRADE, F_TE, F_X_REQUEST_ID
+	F_EXPECT, F_UPGRADE, F_TE, F_X_REQUEST_ID,
+	F_RANGE                      /* passed on; with a body some servers stumble over it */
 };
 
 struct field {
@@ -137,6 +140,7 @@ struct head {
 	bool option_upgrade, upgrade_websocket;
 	bool expect_continue;
 	bool te_trailers;
+	bool has_range;
 	bool path_odd;               /* matches no rule but "everything": dot segments, `//`, `;`, encoded slashes */
 	bool slash_missing;          /* absolute-form with an empty path: `/` goes before the target */
 };

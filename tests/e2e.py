@@ -2426,7 +2426,8 @@ class Run:
             word = f"skipped: {why}"
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            where = ", ".join(f"line {frame.lineno}" for frame in frames if frame.filename == __file__)
+            where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames
+                              if Path(frame.filename).parent == HERE)
             problems.append(f"{type(error).__name__}: {error} ({where})")
         try:
             problems += lab.close()
@@ -2467,14 +2468,15 @@ class Run:
         os._exit(1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="end-to-end tests of tinyauth")
+def main(module):
+    """Runs the tests of a module, given as its globals()."""
+    parser = argparse.ArgumentParser(description=module["__doc__"].partition("\n")[0])
     parser.add_argument("--tinyauth", metavar="BIN", default=HERE.parent / "tinyauth")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--no-measure", action="store_true")
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="")
     options = parser.parse_args()
-    tests = [test for name, test in globals().items() if name.startswith("test_") and options.pattern in name]
+    tests = [test for name, test in module.items() if name.startswith("test_") and options.pattern in name]
     if options.no_measure:
         tests = [test for test in tests if not getattr(test, "measured", False)]
     run = Run(str(Path(options.tinyauth).resolve()), options.verbose)
@@ -2489,8 +2491,8 @@ def main():
         if getattr(test, "alone", False):
             run.one(test)
     run.end()
-    return 1 if run.failed or not tests else 0
+    return 1 if run.failed or not (tests or options.pattern) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(globals()))
