@@ -133,7 +133,8 @@ def house_rules(connection, host, stream):
 
 
 def sent_on(message):
-    return judges.Sent(*meaning(message), [name for name, _ in message.fields])
+    lines = [message.start] + [b": ".join(field) for field in message.fields]
+    return judges.Sent(*meaning(message), [name for name, _ in message.fields], max(len(line) + 2 for line in lines))
 
 
 def agreement(connection, lines, all_judges):
