@@ -882,7 +882,7 @@ addr_read(const char *text, struct addr *a, unsigned max, unsigned *n, bool pass
 {
 	struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0)};
 	struct addrinfo *list;
-	char host[NI_MAXHOST];
+	char host[NI_MAXHOST] = "";
 	const char *port = NULL;
 
 	*n = 0;
@@ -5652,7 +5652,7 @@ secret_make(char secret[SECRET_TEXT], char hashed[HASHED_TEXT])
 {
 	static const char ALPHABET[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 	unsigned char bytes[33] = {0}, digest[32];
-	struct mistake m;
+	struct mistake m = {""};
 
 	random_fill(bytes, 32);
 	strcpy(secret, "sk-");
@@ -5689,7 +5689,7 @@ key_add(char *const *words, size_t n)
 	struct edit e;
 	struct slice text, line, found;
 	struct key_row row;
-	struct mistake m;
+	struct mistake m = {""};
 	char secret[SECRET_TEXT], hashed[HASHED_TEXT], added[1024];
 	struct out o = {added, 0, sizeof added, false};
 

@@ -7,10 +7,9 @@ The harness, the way tests run and the last line are those of tests/e2e.py.
 """
 
 import contextlib
-import json
 import os
-import re
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -20,8 +19,8 @@ import time
 from pathlib import Path
 
 sys.dont_write_bytecode = True
-from e2e import (ALICE, BOB, KEYS, UPGRADE, WRONG, Client, Cut, Load, Skip, Started, Stream, alone, children,  # noqa: E402
-                 connect_to, is_cut, main, many_keys, measured, request, same, until)
+from e2e import (ALICE, BOB, KEYS, UPGRADE, WRONG, Client, Cut, Load, Stream, connect_to, frozen, is_cut,  # noqa: E402
+                 main, many_keys, measured, request, same, stands_still, until)
 from model import pattern  # noqa: E402
 
 
@@ -54,9 +53,6 @@ class Upstream:
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
 
-    def text(self):
-        return ""
-
 
 def read_head(sock):
     head = b""
@@ -71,7 +67,7 @@ def read_head(sock):
 def limited(lab, soft, hard):
     """The binary under these limits of open files."""
     path = lab.path("limited")
-    Path(path).write_text(f'#!/bin/sh\nulimit -H -n {hard} && ulimit -S -n {soft} && exec {shlex.quote(lab.binary)} "$@"\n')
+    Path(path).write_text(f'#!/bin/sh\nulimit -S -n {soft} && ulimit -H -n {hard} && exec {shlex.quote(lab.binary)} "$@"\n')
     os.chmod(path, 0o755)
     return path
 
@@ -105,27 +101,279 @@ def test_chunks_of_ours_stay_exact_when_writes_block(lab):
     assert answer.body == pattern(6000000), "other bytes"
 
 
-BROKEN_CHUNKS = (b"\n\r\n", b"\r\n", b"\n", b"0x1\r\n", b"g\r\n", b" 1\r\n", b"1 \r\nx\r\n", b"1\nx\r\n", b"1\r\nxx\r\n", b"1\r\nx\n\r\n",
-                 b"0\n\r\n", b"0\r\n\n", b"1;\nx\r\n")
+BROKEN_CHUNKS = (b"\n\r\n", b"\r\n", b"\n", b"0x1\r\n", b"g\r\n", b" 1\r\n", b"1 \r\nx\r\n", b"1\nx\r\n", b"1\r\nxx\r\n",
+                 b"1\r\nx\n\r\n", b"0\n\r\n", b"0\r\n\n", b"1;\nx\r\n")
 
 
-def test_broken_chunks_are_never_taken_up_again(lab):
-    """A broken chunk in one write with the head, or a byte later: one 400, the end, and what follows is not answered."""
+def test_broken_body_is_never_taken_up_again(lab):
+    """A broken chunk in one write with its head, or in two: one 400, the end, and what follows is not answered."""
     tinyauth, model = lab.pair()
+    head = request("POST", "/t/sink", "Transfer-Encoding: chunked")
+    follows = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" + request("GET", "/t/echo?smuggled")
     for broken in BROKEN_CHUNKS:
-        raw = request("POST", "/t/sink", "Transfer-Encoding: chunked") + broken
-        follows = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" + request("GET", "/t/echo?smuggled")
-        for cut in (0, 1, len(broken), len(broken) + len(follows)):
+        for cut in (0, len(head), len(head) + 1, len(head + broken)):
+            raw = head + broken + follows
             client = tinyauth.connect()
-            at = len(raw) + len(follows) - cut
-            client.send((raw + follows)[:at])
-            if cut == 1:
-                time.sleep(0.002)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                client.send((raw + follows)[at:])
-            what = f"{broken!r} cut {cut} from the end"
+            client.send(raw[:cut])
+            if cut:
+                time.sleep(0.002)           # mostly enough to be read by itself
+            client.send(raw[cut:])
             answer = client.read()
-            same((answer.status, answer.closes), (400, True), f"answer to {what}")
-            same(client.end(), "eof", f"end of {what}")
+            same((answer.status, answer.closes), (400, True), f"answer to {broken!r} cut at {cut - len(head)}")
+            same(client.end(), "eof", f"end after {broken!r} cut at {cut - len(head)}")
     same([target for _, _, target in model.requests() if "smuggled" in target], [], "requests behind a broken body")
     same(model.events("body"), [], "whole bodies")
+
+
+def test_unasked_bytes_are_no_answer(lab):
+    """Bytes from upstream while our own answers are blocked never become the answer to a later request."""
+    answered = []
+
+    def serve(sock):
+        while read_head(sock):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            answered.append(sock)
+    upstream = Upstream(lab, serve)
+    tinyauth = lab.tinyauth(upstream=upstream.name, log=lab.path("log"))
+    client = tinyauth.connect(rcvbuf=4096)
+    refused, groups = 60, 300
+    text = (request("GET", "/refused", key=None) * refused + request("GET", "/asked")) * groups
+    writer = threading.Thread(target=client.send, args=(text,), daemon=True)
+    writer.start()
+    count = stands_still(lambda: len(answered), "requests upstream")
+    assert 0 < count < groups, f"{count} of {groups} requests went upstream before the client read"
+    answered[-1].sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nUNASKED")
+    bodies = []
+    for _ in range(groups):
+        same({client.read().status for _ in range(refused)}, {401}, "statuses of the refused")
+        bodies.append(client.read().body)
+    writer.join(5)
+    same(set(bodies), {b"ok"}, "bodies of the others")
+
+
+# Others
+
+def median_ms(client, count):
+    """The median of the client's latency over so many requests."""
+    took = []
+    for _ in range(count):
+        began = time.monotonic()
+        same(client.ask("GET", "/t/echo").status, 200, "status")
+        took.append((time.monotonic() - began) * 1000)
+    return statistics.median(took)
+
+
+@contextlib.contextmanager
+def flood(tinyauth, text, count):
+    """One connection on which `text` is pipelined all the time, and its answers are thrown away."""
+    client = tinyauth.connect()
+    stopping = False
+
+    def write():
+        with contextlib.suppress(OSError):
+            while not stopping:
+                client.send(text * count)
+
+    def read():
+        with contextlib.suppress(OSError):
+            while client.sock.recv(1 << 20):
+                pass
+    threads = [threading.Thread(target=run, daemon=True) for run in (write, read)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stopping = True
+        client.sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(5)
+
+
+@measured
+def test_pipelining_does_not_hold_up_others(lab):
+    """While one connection pipelines /health, or requests without a key, another's latency stays within a few times."""
+    tinyauth = lab.tinyauth(log=lab.path("log"))
+    client = tinyauth.connect()
+    quiet = median_ms(client, 200)
+    for text in (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", request("GET", "/t/echo", key=None)):
+        with flood(tinyauth, text, 5000):
+            loud = median_ms(client, 100)
+        assert loud < 8 * quiet, f"median {loud:.2f} ms beside {text[:11]!r}, {quiet:.2f} ms in the quiet"
+
+
+def test_soft_limit_of_open_files_is_raised(lab):
+    """Started with a low soft limit of open files and a higher hard one, it serves as many clients as it was told to."""
+    tinyauth = lab.tinyauth("-n", "200", "--ip-conns", "1000", binary=limited(lab, 40, 1024))
+    clients = [tinyauth.connect() for _ in range(100)]
+    same({client.ask("GET", "/t/echo").status for client in clients}, {200}, "statuses")
+
+
+def test_silent_connections_give_way(lab):
+    """More silent connections than the hard limit of open files allows: a client with a key is served at once."""
+    tinyauth = lab.tinyauth("-n", "1000", "--ip-conns", "10000", binary=limited(lab, 64, 64))
+    silent = [tinyauth.connect() for _ in range(120)]
+    for _ in range(3):
+        began = time.monotonic()
+        same(tinyauth.connect().ask("GET", "/t/echo").status, 200, "status")
+        assert time.monotonic() - began < 1, f"answer after {time.monotonic() - began:.2f} s"
+    same(len(tinyauth.workers()), 1, f"workers with {len(silent)} silent connections")
+
+
+def test_ip_conns_count_across_workers(lab):
+    """--ip-conns holds for both workers together, and a killed worker's connections are given back."""
+    tinyauth = lab.tinyauth("--ip-conns", "4", workers=2)
+    tinyauth.expect(r"event=(worker_died .*signal=|turned_away .*reason=ip_conns)")
+    victim, other = tinyauth.workers()
+    kept = [connect_to(tinyauth, worker) for worker in (victim, victim, other, other)]
+    same(tinyauth.ask("GET", "/t/echo").status, 429, "one more")
+    os.kill(victim, signal.SIGKILL)
+    tinyauth.wait_event("worker_started", 3)
+    for worker in tinyauth.workers():
+        kept.append(connect_to(tinyauth, worker))
+    same(tinyauth.ask("GET", "/t/echo").status, 429, "one more after the kill")
+    same([kept[i].ask("GET", "/t/echo").status for i in (2, 3, 4, 5)], [200] * 4, "those that stayed or came")
+
+
+# WebSocket
+
+def test_last_words_of_a_tunnel_arrive(lab):
+    """The upstream of a WebSocket says its last words and closes while the client still writes: all of them arrive."""
+    words = pattern(30000)
+    closed = threading.Event()
+
+    def serve(sock):
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        same(sock.recv(100), b"speak", "the client's word")
+        sock.sendall(words)
+        sock.close()
+        closed.set()
+    tinyauth = lab.tinyauth(upstream=Upstream(lab, serve).name)
+    client = tinyauth.connect(rcvbuf=4096)
+    same(client.ask("GET", "/", *UPGRADE).status, 101, "status")
+    client.send(b"speak")
+    assert closed.wait(5), "the upstream never closed"
+    for _ in range(10):
+        client.send(b"and more")
+        time.sleep(0.002)                   # the upstream's reset comes between them
+    same(b"".join(client.exactly(len(words))), words, "last words")
+
+
+def test_idle_tunnel_is_logged_as_idle(lab):
+    """A tunnel that stands still for the idle time-out ends, and its access line says so."""
+    tinyauth = lab.tinyauth("--idle-timeout", "300ms")
+    client = tinyauth.connect()
+    same(client.ask("GET", "/t/ws", *UPGRADE).status, 101, "status")
+    assert client.end(), "an end"
+    record, = tinyauth.access()
+    same((record["status"], record["reason"]), ("101", "idle"), "access line")
+
+
+# Drain
+
+def drained_stream(lab, *options):
+    """A stream to an HTTP/1.0 client, which only its connection's end frames, on a server that was told to stop."""
+    tinyauth = lab.tinyauth(*options)
+    client = tinyauth.connect()
+    client.send(request("POST", "/api/generate", version="1.0", body=b'{"events": 1000, "gap_ms": 20}'))
+    same(client.head().status, 200, "status")
+    tinyauth.signal(signal.SIGTERM)
+    tinyauth.wait_event("draining")
+    return tinyauth, client
+
+
+def check_drained(tinyauth, client):
+    with is_cut(client):
+        for _ in client.body():
+            pass
+    same(tinyauth.wait_exit(), 0, "exit status")
+    same([record["reason"] for record in tinyauth.access()], ["drain"], "logged reasons")
+
+
+def test_drain_timeout_resets_what_only_the_end_frames(lab):
+    """Past --drain-timeout a close-delimited stream ends in a reset and is logged with reason=drain."""
+    check_drained(*drained_stream(lab, "--drain-timeout", "300ms"))
+
+
+def test_second_term_resets_what_only_the_end_frames(lab):
+    """At a second TERM a close-delimited stream ends in a reset and is logged with reason=drain."""
+    tinyauth, client = drained_stream(lab)
+    tinyauth.signal(signal.SIGTERM)
+    check_drained(tinyauth, client)
+
+
+def test_drain_with_a_pending_respawn_does_not_spin(lab):
+    """TERM while a dead worker waits for its successor: the supervisor sleeps while the last stream runs."""
+    tinyauth = lab.tinyauth(workers=2)
+    tinyauth.expect(r"event=worker_died .*signal=")
+    victim, other = tinyauth.workers()
+    client = connect_to(tinyauth, other)
+    stream = Stream(client, 60, 20)
+    with frozen([tinyauth.pid]):
+        os.kill(victim, signal.SIGKILL)
+        tinyauth.signal(signal.SIGTERM)
+    tinyauth.wait_event("draining")
+    before = ticks(tinyauth.pid)
+    assert stream.whole(), f"stream: {stream.error}, {len(stream.seen)} events"
+    used = (ticks(tinyauth.pid) - before) / os.sysconf("SC_CLK_TCK")
+    assert used < 0.2, f"{used:.2f} s of processor time in 1.2 s of drain"
+
+
+# Keys
+
+def test_many_more_keys_refuse_nobody(lab):
+    """The file grows from 2 to 120,001 keys: old keys are never refused, removed ones always, new ones never as unknown."""
+    tinyauth = lab.tinyauth(workers=2, log=lab.path("log"), keys=f"alice {ALICE}\nbob {BOB}\n")
+    removed, added = ([connect_to(tinyauth, worker) for worker in tinyauth.workers()] for _ in range(2))
+    loads = [Load(tinyauth, 2), Load(tinyauth, 2, fresh=True)]
+    tinyauth.publish(f"alice {ALICE}\n" + many_keys(120000, False))
+    newest = "secret-119999-0123456789abcdef"
+    for client in removed:
+        status = client.ask("GET", "/t/echo", key=BOB).status
+        assert status in (401, 503), f"a removed key on an old connection: {status}"
+    for client in added:
+        status = client.ask("GET", "/t/echo", key=newest).status
+        assert status in (200, 503), f"a new key on an old connection: {status}"
+    same([tinyauth.ask("GET", "/t/echo", key=key).status for key in (BOB, newest)], [401, 200], "on new connections")
+    for load in loads:
+        load.wait_done(load.done + 20)
+    same([load.stop() for load in loads], [[], []], "failed requests with an old key")
+
+
+def test_keys_file_that_is_no_file(lab):
+    """A FIFO or a directory in place of the keys file is refused on reload; the old keys stay, and a mended file is taken."""
+    tinyauth = lab.tinyauth()
+    tinyauth.expect("keys")
+    for count, make in enumerate((os.mkfifo, os.mkdir), 1):
+        os.rename(tinyauth.keys, lab.path("aside"))
+        make(tinyauth.keys)
+        tinyauth.signal(signal.SIGHUP)
+        tinyauth.wait_event("keys_refused", count)
+        same([tinyauth.ask("GET", "/", key=key).status for key in (ALICE, WRONG)], [200, 401], "the old keys")
+        os.rename(tinyauth.keys, lab.path(f"odd{count}"))
+        tinyauth.publish(KEYS + f"new{count} {WRONG}-{count}\n")
+        same(tinyauth.ask("GET", "/", key=f"{WRONG}-{count}").status, 200, "the mended file")
+
+
+def test_keys_file_that_breaks_during_an_upgrade(lab):
+    """A keys file that breaks between the new binary's check and its start: it goes on with the keys it was handed."""
+    binary = lab.path("tinyauth")
+    shutil.copy(lab.binary, binary)
+    tinyauth = lab.tinyauth(binary=binary)
+    tinyauth.expect("keys")
+    script, keys, real = Path(binary + ".new"), shlex.quote(tinyauth.keys), shlex.quote(lab.binary)
+    script.write_text(f'#!/bin/sh\n[ "$1" = check ] || echo broken >{keys}\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    script.rename(binary)
+    tinyauth.signal(signal.SIGUSR2)
+    until(lambda: tinyauth.events("ready")[1:] or tinyauth.process.poll() is not None, "the new binary")
+    same(tinyauth.process.poll(), None, "exit status")
+    same(Path(tinyauth.keys).read_text(), "broken\n", "the keys file")
+    same([tinyauth.ask("GET", "/", key=key).status for key in (ALICE, WRONG)], [200, 401], "the old keys")
+    tinyauth.publish(f"mia {WRONG}\n")
+    same([tinyauth.ask("GET", "/", key=key).status for key in (ALICE, WRONG)], [401, 200], "the mended file")
+
+
+if __name__ == "__main__":
+    sys.exit(main(globals()))

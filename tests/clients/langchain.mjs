@@ -29,7 +29,7 @@ export async function langchainTests({ test, url, straight, limited }) {
 
   await test('langchain: stream brings each part as its own', async () => {
     const times = async (base) => arrivals(await chat(base, KEY, { streaming: true }).stream('hello'));
-    sameSpacing(await times(url), await times(straight));
+    await sameSpacing(times, url, straight);
   });
 
   await test('langchain: a wrong key fails at once with our message', async () => {

@@ -36,7 +36,7 @@ export async function ollamaTests({ test, url, straight, down, relay }) {
 
   await test('ollama: each line of a stream arrives as its own', async () => {
     const times = async (base) => arrivals(await client(base).chat({ ...chat, stream: true }));
-    sameSpacing(await times(url), await times(straight));
+    await sameSpacing(times, url, straight);
   });
 
   await test('ollama: a plain chat is answered', async () => {

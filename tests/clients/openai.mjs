@@ -50,7 +50,7 @@ async function chatTests({ test, url, straight }) {
 
   await test('openai: each event of a stream arrives as its own', async () => {
     const times = async (base) => arrivals(await client(base).openai.chat.completions.create(streamed, { headers: SPACED }));
-    sameSpacing(await times(url), await times(straight));
+    await sameSpacing(times, url, straight);
   });
 
   await test('openai: models are listed', async () => {

@@ -1,7 +1,7 @@
 """Mixed requests, each of which knows its right answer: what the fault tests and the soak put tinyauth under.
 
 A client may see a whole right answer, an error of tinyauth, or a cut. Everything else is a problem: a wrong or a silently
-shortened answer, one answer too many, a request without a key that is let through, or no answer for 10 s.
+shortened answer, one answer too many, a request without a key that is let through, or no answer for some seconds.
 """
 
 import contextlib
@@ -61,6 +61,7 @@ def download(path, **more):
     def ask(client, tag):
         answer = client.ask("GET", f"/t/{path}{tag}", **more)
         return answer, lambda: same(answer.body == pattern(100000), True, f"{len(answer.body)} bytes of {path} are right")
+    ask.__name__ = f"download {path}{more or ''}"
     return ask
 
 
@@ -88,15 +89,17 @@ def leave(client, tag):
 
 
 KINDS = [echo, upload, upload_chunked, download("cl/100000?"), download("chunked/100000?chunk=1500&"),
-         download("close/100000?"), download("close/100000?", version="1.0"), events, no_key, wrong_key, leave]
+         download("close/100000?"), events, no_key, wrong_key, leave]
+UNFRAMED = download("close/100000?", version="1.0")     # only a reset shows that it was cut: not where a process is killed
 
 
 class Mixed:
     """Some clients that go through all kinds of requests, for ever or `rounds` requests each."""
     tags = itertools.count()
 
-    def __init__(self, address, clients=6, rounds=None, seed=1, sources=1):
+    def __init__(self, address, clients=6, rounds=None, seed=1, sources=1, kinds=(*KINDS, UNFRAMED), patience=10):
         self.address, self.rounds, self.sources = address, rounds, sources
+        self.kinds, self.patience = kinds, patience     # patience: seconds without a byte that are a problem
         self.whole = self.refused = self.cut = 0
         self.failures, self.problems = [], []
         self.stopping = threading.Event()
@@ -111,12 +114,13 @@ class Mixed:
         for _ in itertools.repeat(None) if self.rounds is None else range(self.rounds):
             if self.stopping.is_set():
                 break
-            kind, tag = dice.choice(KINDS), next(self.tags)
+            kind, tag = dice.choice(self.kinds), next(self.tags)
             try:
                 client = client or Guest(self.address, f"127.0.1.{number % self.sources + 1}")
+                client.sock.settimeout(self.patience)
                 goes_on = self.one(client, kind, tag)
             except TimeoutError:
-                self.note("problems", f"{kind.__name__} {tag}: nothing for 10 s")
+                self.note("problems", f"{kind.__name__} {tag}: nothing for {self.patience} s")
                 goes_on = False
             except (Cut, OSError) as error:
                 self.count("cut", kind is not leave and f"{kind.__name__} {tag}: {error!r}")

@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import e2e  # noqa: E402
 from e2e import (ALICE, KEYS, Cut, Model, Run, Skip, Started, Stream, alive, alone, check_error, is_cut,  # noqa: E402
                  raw_answer, request, same, until)
-from load import Guest, Mixed, check_upstream, under_load  # noqa: E402
+from load import KINDS, Guest, Mixed, check_upstream, under_load  # noqa: E402
 
 e2e.__file__ = __file__             # a problem's line numbers are those of this file
 ROOT = HERE.parent.parent
@@ -506,7 +506,7 @@ def test_workers_killed_under_load(lab):
     tinyauth, model = lab.pair("--ip-conns", "40", workers=3)
     tinyauth.expect(EVENTS_OF_DEATH)
     base, dice, killed = descriptors(tinyauth.workers()), random.Random(1), 0
-    with under_load(tinyauth.address) as load:
+    with under_load(tinyauth.address, kinds=KINDS) as load:
         end = time.monotonic() + KILL_SECONDS
         while time.monotonic() < end:
             time.sleep(dice.uniform(0.05, 0.6))
@@ -649,31 +649,28 @@ EPOLL_FAULTS = {"epoll_ctl": ("3+5", "ENOMEM ENOSPC"), "?epoll_wait,?epoll_pwait
 FAULT_LINES = ["event=accept_paused", r"event=log_dropped lines=\d+", "event=turned_away"]
 
 
-def one_fault(lab, tinyauth, model, calls, error, when):
+def one_fault(lab, tinyauth, calls, error, when):
     """Mixed requests while a system call of the workers fails, and what must hold then and afterwards."""
     what = f"{calls} {error}"
     with failing(lab, tinyauth.workers(), calls, error, when) as trace:
-        load = Mixed(tinyauth.address, clients=4, rounds=14, seed=what)
-        problems = load.join(40)
+        load = Mixed(tinyauth.address, clients=4, rounds=14, seed=what, patience=4)
+        problems = load.join(25)
     problems += [f"{what}: it was never called"] * (injected(trace) == 0)
     same(problems, [], f"problems of clients with {what}")
     assert load.whole > 0, f"{what}: no whole answer at all, but {load.refused} refused, {load.cut} cut"
-    return what
 
 
 def fault_test(calls, faults):
     def test(lab):
         tinyauth, model = lab.pair("--ip-conns", "40", "--log", lab.path("log"), workers=2, log=lab.path("log"))
         base = descriptors(tinyauth.workers())
-        problems = []
         for error in faults[1].split():
+            one_fault(lab, tinyauth, calls, error, faults[0])
             try:
-                one_fault(lab, tinyauth, model, calls, error, faults[0])
                 check_settled(tinyauth, base, 40)
             except AssertionError as problem:
-                problems.append(f"{error}: {problem}")
+                raise AssertionError(f"after {calls} {error}: {problem}") from None
         check_upstream(model)
-        same(problems, [], "problems")
         lines = [line for line in Path(lab.path("log")).read_bytes().splitlines()]
         strange = [line for line in lines if not tinyauth.is_expected(line) and not any(
             re.search(known, line.decode()) for known in FAULT_LINES)]
@@ -698,8 +695,8 @@ def test_fault_epoll(lab):
             base = descriptors(tinyauth.workers())
             with failing(lab, tinyauth.workers(), calls, error, when) as trace:
                 idle = [Guest(tinyauth.address) for _ in range(60)]
-                load = Mixed(tinyauth.address, clients=4, rounds=20, seed=error)
-                problems = load.join(40)
+                load = Mixed(tinyauth.address, clients=4, rounds=20, seed=error, patience=4)
+                problems = load.join(25)
             for client in idle:
                 client.close()
             assert injected(trace) > 0, f"{calls} was never called"

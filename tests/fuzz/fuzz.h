@@ -174,8 +174,8 @@ head_is_ours(struct slice head, bool request, bool *chunked, uint64_t *length, b
 			}
 		MUST(known || !request || name.n < 12 || strncasecmp(name.p, "X-Forwarded-", 12) != 0);
 		if (same_name(name, "Connection"))
-			MUST(same_name(value, "upgrade") || same_name(value, request ? "TE" : "close") ||
-			     (!request && same_name(value, "keep-alive")));
+			MUST(same_name(value, "upgrade") || same_name(value, "close") ||
+			     same_name(value, request ? "TE" : "keep-alive"));
 		if (same_name(name, "Upgrade"))
 			MUST(same_name(value, "websocket"));
 		if (same_name(name, "Upgrade"))
