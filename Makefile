@@ -1,7 +1,7 @@
 # make                   ./tinyauth, static, with musl and BearSSL
 # make CC=gcc STATIC=    dynamic, with the system's own libc
 # make SANITIZE=1        with address and undefined behaviour sanitizers
-# make demo | test | test-http | test-clients | test-diff | lint | install | uninstall | clean
+# make demo | test | test-http | test-clients | test-diff | test-faults | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -62,6 +62,20 @@ SEED ?= 1
 test-diff: tinyauth
 	N=$(N) SEED=$(SEED) sh tests/diff/run.sh
 
+test-faults: tinyauth
+	python3 tests/faults/run.py
+
+# Each fuzz target for so many seconds.
+SECONDS ?= 30
+fuzz:
+	sh tests/fuzz/run.sh $(SECONDS)
+
+analyse:
+	clang --analyze -Xclang -analyzer-werror -std=c11 $(BEARSSL_CFLAGS) tinyauth.c
+	rm -f tinyauth.plist
+	cppcheck --enable=warning,performance,portability --std=c11 $(BEARSSL_CFLAGS) --suppress=missingIncludeSystem --quiet \
+		--error-exitcode=1 tinyauth.c
+
 lint:
 	mandoc -Tlint -Wwarning man/tinyauth.8 man/tinyauth-keys.5
 	shellcheck test.sh tests/*.sh tests/*/*.sh .ci/run
@@ -82,4 +96,4 @@ uninstall:
 clean:
 	rm -rf tinyauth build
 
-.PHONY: demo test test-http test-clients test-diff lint install uninstall clean force
+.PHONY: demo test test-http test-clients test-diff test-faults fuzz analyse lint install uninstall clean force

@@ -662,6 +662,16 @@ log_ready(struct log *log, uint64_t workers, uint64_t keys, const char *upstream
 }
 
 static void
+log_fewer_connections(struct log *log, uint64_t max_conns)
+{
+	struct out o = log_event(log, "fewer_connections");
+
+	log_number(log, &o, "max_conns", max_conns);
+	log_text(log, &o, "what", "the limit of open files allows no more; raise it (ulimit -Hn) or lower --max-conns");
+	log_end(log, &o);
+}
+
+static void
 log_worker_started(struct log *log, int slot, int pid)
 {
 	struct out o = log_event(log, "worker_started");
@@ -966,7 +976,7 @@ duration_read(const char *text, uint64_t *ms)
 	for (size_t i = 0; i < LENGTH(UNITS); i++)
 		if (strcmp(text + digits, UNITS[i].unit) == 0) {
 			*ms = n * UNITS[i].ms;
-			return true;
+			return *ms <= DURATION_MAX_MS;
 		}
 	return false;
 }
@@ -1019,7 +1029,7 @@ config_set(struct config *cfg, const struct option_row *row, const char *value, 
 		       mistake_is(m, "'%s' is not a number from 0 to 100000", value);
 	case O_DURATION:
 		return duration_read(value, to) ||
-		       mistake_is(m, "'%s' is not a time; write a number and ms, s, m or h, such as 10s", value);
+		       mistake_is(m, "'%s' is not a time; write a number and ms, s, m or h, such as 10s, up to a year", value);
 	case O_RATE:
 		return config_rate(to, value, m);
 	case O_FORMAT:
@@ -1093,15 +1103,20 @@ config_argument(struct config *cfg, char *const *argv, int *i, uint64_t *given, 
 	return config_set(cfg, row, value, &why) || mistake_is(m, "--%s: %s", row->name, why.text);
 }
 
+static bool
+secret_hashed(struct slice secret)
+{
+	return secret.n >= 7 && memcmp(secret.p, "sha256:", 7) == 0;
+}
+
 /* Digest of a secret as it is written in a keys file or in TINYAUTH_KEY: the key itself, or sha256: and its digest. */
 static bool
 secret_read(struct slice secret, unsigned char digest[32], struct mistake *m)
 {
-	static const struct slice HASHED = {"sha256:", 7};
 	br_sha256_context sha;
 
-	if (secret.n >= HASHED.n && memcmp(secret.p, HASHED.p, HASHED.n) == 0)
-		return (secret.n == HASHED.n + 64 && hex_read(digest, slice_from(secret, HASHED.n))) ||
+	if (secret_hashed(secret))
+		return (secret.n == 7 + 64 && hex_read(digest, slice_from(secret, 7))) ||
 		       mistake_is(m, "sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'");
 	if (secret.n < 1 || secret.n > SECRET_MAX)
 		return mistake_is(m, "the secret has %zu bytes; 1 to %d are allowed", secret.n, SECRET_MAX);
@@ -1583,7 +1598,7 @@ keys_exposed(const struct keys_file *f)
 		return false;
 	while (text.n > 0) {
 		struct slice line = text_line(&text), name = line_field(&line), secret = line_field(&line);
-		if (name.n > 0 && secret.n > 0 && !slice_starts_like(secret, S("sha256:")))
+		if (name.n > 0 && secret.n > 0 && !secret_hashed(secret))
 			return true;
 	}
 	return false;
@@ -1754,8 +1769,8 @@ table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_n
 	tat = atomic_load_explicit(&slot->tat_ns, memory_order_relaxed);
 	do {
 		uint64_t from = tat > now_ns ? tat : now_ns;
-		if (from > now_ns + reach + interval)
-			from = now_ns;      /* from before a restart of the clock: begun anew */
+		if (from > now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS)
+			from = now_ns;      /* of a clock that was restarted since: begun anew */
 		if (from - now_ns > reach)
 			return from - now_ns - reach;
 		next = from + interval;
@@ -2053,13 +2068,14 @@ head_authority(struct head *h, size_t scheme, bool whole)
 	return host_good(h->host, whole || n < rest.n) ? 1 : head_bad(h, 400, "the target's authority is not HOST or HOST:PORT");
 }
 
-/* The bytes of a target up to its blank; `path` is what stands before `?`. */
+/* The bytes of a target up to its blank, or to the first that must not be there. */
 static int
 head_target_bytes(struct head *h, struct cursor *c)
 {
 	const char *from = c->p, *query = NULL;
 
 	for (; c->p < c->end && *c->p != ' '; c->p++) {
+		h->target = (struct slice){from, (size_t)(c->p - from)};
 		if (!is_class(*c->p, C_TARGET))
 			return head_bad(h, 400, "the target holds a byte that no target has");
 		if (c->p - from == TARGET_MAX)
@@ -2083,17 +2099,17 @@ head_target(struct head *h, struct cursor *c)
 	const char *from = c->p;
 	int good = head_target_bytes(h, c);
 
-	if (good < 0 || c->p == from)
+	if (h->target.n == 0)
 		return good == 1 ? head_bad(h, 400, "the request line has no target") : good;
 	bool star = *from == '*' && h->target.n == 1 &&
 	            (slice_equal(h->method, S("OPTIONS")) || slice_equal(h->method, S("PRI")));
 	if (*from != '/' && !star && !target_scheme_begins(h->target))
 		return head_bad(h, 400, "the target is neither a path nor an http URL");
 	size_t scheme = target_scheme(h->target);
-	if (scheme > 0 && head_authority(h, scheme, good != MORE) < 0)
+	if (scheme > 0 && head_authority(h, scheme, good == 1) < 0)
 		return -400;
-	if (good == MORE)
-		return MORE;
+	if (good <= 0)               /* behind what the form refuses: the first bad byte decides */
+		return good;
 	if (*from != '/' && !star && scheme == 0)
 		return head_bad(h, 400, "the target is neither a path nor an http URL");
 	if (scheme > 0) {            /* on it goes in origin-form [r5] */
@@ -2873,7 +2889,7 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 	out_bytes(o, "\r\n", 2);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
-		bool ours = f->id == F_HOP || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING || f->id == F_CONNECTION ||
+		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING || f->id == F_CONNECTION ||
 		            f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
 		if (ours || head_option_names(h, f->name))
 			continue;
@@ -3648,10 +3664,18 @@ request_end(struct worker *w, struct conn *c, enum reason reason)
 	c->request = NULL;
 }
 
+/* Would an end now look like the end of the answer? */
+static bool
+conn_looks_whole(const struct conn *c)
+{
+	return c->state == S_RELAY && c->resp.body.form == FORM_PLAIN;
+}
+
 /* The client's side is over for good, and the request with it. */
 static enum step
 request_abandon(struct worker *w, struct conn *c, enum reason reason)
 {
+	c->reset = conn_looks_whole(c);
 	c->request->status = 0;
 	request_end(w, c, reason);
 	return STEP_CLOSE;
@@ -3971,7 +3995,7 @@ conn_upstream_died(struct worker *w, struct conn *c)
 static enum step
 conn_cut(struct worker *w, struct conn *c, enum reason reason)
 {
-	c->reset = c->resp.body.form == FORM_PLAIN;
+	c->reset = conn_looks_whole(c);
 	request_end(w, c, reason);
 	return STEP_CLOSE;
 }
@@ -4001,7 +4025,8 @@ relay_request(struct worker *w, struct conn *c)
 	case MOVE_FROM_FAILED:
 		return request_abandon(w, c, R_CLIENT_CLOSED);
 	case MOVE_TO_FAILED:
-		p->broken = true;            /* it may have answered already: look */
+		p->broken = true;            /* it may have answered already: look, and tell it that no more comes */
+		link_shut(&c->upstream);
 		c->upstream.seen |= POLLIN;
 		return STEP_AGAIN;
 	default:
@@ -4266,7 +4291,7 @@ static void
 conn_end(struct worker *w, struct conn *c, enum reason reason)
 {
 	if (c->request != NULL) {
-		c->reset |= c->state == S_RELAY && c->resp.body.form == FORM_PLAIN;
+		c->reset |= conn_looks_whole(c);
 		request_end(w, c, reason);
 	}
 	conn_close(w, c);
@@ -4586,6 +4611,15 @@ worker_turn_away(struct worker *w, int fd, const struct sockaddr_storage *peer, 
 	close(fd);
 }
 
+/* The kernel looks for a descriptor before it looks whether anybody waits. */
+static bool
+worker_someone_waits(int listener)
+{
+	struct pollfd p = {listener, POLLIN, 0};
+
+	return poll(&p, 1, 0) == 1;
+}
+
 /* Takes what waits on a listener. When descriptors or memory run out, accepting pauses instead of spinning. */
 static void
 worker_accept(struct worker *w, int listener)
@@ -4595,7 +4629,9 @@ worker_accept(struct worker *w, int listener)
 		socklen_t len = sizeof peer;
 		memset(&peer, 0, sizeof peer);
 		int fd = accept4(listener, (struct sockaddr *)&peer, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR || (errno == EMFILE && worker_make_room(w))))
+		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR))
+			continue;
+		if (fd < 0 && errno == EMFILE && worker_someone_waits(listener) && worker_make_room(w))
 			continue;
 		if (fd < 0) {
 			if (errno != EAGAIN) {
@@ -4771,7 +4807,6 @@ supervisor_signals(void)
 		sigaddset(&set, SIGNALS[i]);
 		sigaction(SIGNALS[i], &action, NULL);
 	}
-	signal(SIGPIPE, SIG_IGN);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
@@ -4862,17 +4897,24 @@ listeners_passed(struct supervisor *s)
 	return (unsigned)n;
 }
 
-/* Room for two descriptors a connection, as far as the hard limit lets us. */
+/* Room for two descriptors a connection. Where the hard limit is lower, so is the number of connections: the pool must be
+ * full, and somebody give way, before descriptors run out. */
 static void
 supervisor_descriptors(void)
 {
-	rlim_t need = 2 * config.max_conns + LISTEN_MAX + 64;
+	enum { OTHERS = LISTEN_MAX + 64 };
+	rlim_t need = 2 * config.max_conns + OTHERS;
 	struct rlimit limit;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= need)
 		return;
 	limit.rlim_cur = limit.rlim_max < need ? limit.rlim_max : need;
-	setrlimit(RLIMIT_NOFILE, &limit);
+	if (setrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < need) {
+		uint64_t fit = limit.rlim_cur > OTHERS + 1 ? (limit.rlim_cur - OTHERS) / 2 : limit.rlim_cur / 4;
+		if (fit < 2)
+			die(EX_CONFIG, "only %llu open files are allowed; raise the limit (ulimit -Hn)", (unsigned long long)limit.rlim_cur);
+		config.max_conns = fit;
+	}
 }
 
 static void
@@ -5476,6 +5518,7 @@ supervisor_run(char *const *argv)
 	s->binary = supervisor_binary(argv[0]);
 	s->now_ns = clock_ns();
 	supervisor_signals();
+	uint64_t asked = config.max_conns;
 	supervisor_descriptors();
 	if (config.keys == NULL && !config.env_key)
 		die(EX_CONFIG, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
@@ -5492,6 +5535,8 @@ supervisor_run(char *const *argv)
 	supervisor_generation(s);
 	s->serving = true;
 	supervisor_log_listeners(s);
+	if (config.max_conns < asked)
+		log_fewer_connections(s->log, config.max_conns);
 	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
 	log_flush(s->log);
 	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
@@ -5782,7 +5827,7 @@ key_list(size_t n)
 		struct slice line = text_line(&text), name = line_field(&line), secret = line_field(&line), word;
 		if (name.n == 0)
 			continue;
-		printf("%.*s %s", (int)name.n, name.p, slice_starts_like(secret, S("sha256:")) ? "sha256" : "plain");
+		printf("%.*s %s", (int)name.n, name.p, secret_hashed(secret) ? "sha256" : "plain");
 		while ((word = line_field(&line)).n > 0)
 			printf(" %.*s", (int)word.n, word.p);
 		putchar('\n');
@@ -5860,6 +5905,8 @@ command_check(void)
 int
 main(int argc, char **argv)
 {
+	signal(SIGPIPE, SIG_IGN);            /* a failed write is an error like others */
+	signal(SIGXFSZ, SIG_IGN);
 	bool check = argc > 1 && strcmp(argv[1], "check") == 0, key = argc > 1 && strcmp(argv[1], "key") == 0, usage;
 	char *words[WORDS_MAX + 1] = {NULL};
 	struct mistake m;

@@ -55,6 +55,8 @@ enum {
 	STRETCH_MS = 30000,          /* a request body is looked at over so long */
 	STRETCH_BYTES = 30 << 10,    /* and cut when fewer bytes came */
 
+	CLOCK_SKEW_MS = 60000,       /* how far the clocks of two turns may lie apart */
+
 	LOG_BUF = 65536,             /* bytes of log lines waiting in a process */
 	LOG_LINE = 4096,             /* bytes of one line: PIPE_BUF, so that lines of several workers never mix */
 
@@ -78,6 +80,8 @@ enum {
 	RESPAWN_MAX_MS = 1000,
 	YOUNG_MS = 1000              /* a worker that lived shorter died young */
 };
+
+#define DURATION_MAX_MS (366ull * 86400 * 1000)  /* longest time of an option */
 
 /* ---- basics -------------------------------------------------------------------------------------------------- */
 

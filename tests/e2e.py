@@ -55,7 +55,8 @@ alice\t{ALICE}
 bob    {sha256(BOB)}    # hashed
 carol  {CAROL} off
 """
-EVENTS = {"listening", "ready", "worker_started", "keys_published", "draining", "stopped", "log_reopened", "upgrade"}
+EVENTS = {"listening", "ready", "worker_started", "keys_published", "draining", "stopped", "log_reopened", "upgrade",
+          "fewer_connections"}
 
 
 def same(got, want, what):

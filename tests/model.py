@@ -204,10 +204,10 @@ class Conn:
 
     def throw_away(self):
         """Half-close, then read for at most 2 s until the peer closes as well."""
-        self.sock.shutdown(socket.SHUT_WR)
         self.sock.settimeout(0.2)
         end = time.monotonic() + 2
         try:
+            self.sock.shutdown(socket.SHUT_WR)
             while time.monotonic() < end and self.sock.recv(1 << 18):
                 pass
         except OSError:

@@ -32,7 +32,8 @@ static bool
 check(bool good, int line, const char *what, const char *of)
 {
 	if (!good && ++failures <= FAILURES_SHOWN)
-		printf("FAILED  %s, line %d: %s%s%s\n", test_name, line, what, of != NULL ? "  of: " : "", of != NULL ? of : "");
+		printf("FAILED  %s, line %d: %s%s%s\n", test_name, line, what, of != NULL ? "  of: " : "",
+		    of != NULL ? of : "");
 	return good;
 }
 
@@ -291,7 +292,9 @@ static void
 test_numbers_read(void)
 {
 	/* Decimal digits are taken whole or not at all: no sign, no blank, no more than 18. */
-	static const char *const BAD[] = {"", "-1", "+1", " 1", "1 ", "0x1", "1a", "1,1", "1.0", "\xb2", "1234567890123456789"};
+	static const char *const BAD[] = {
+		"", "-1", "+1", " 1", "1 ", "0x1", "1a", "1,1", "1.0", "\xb2", "1234567890123456789",
+	};
 	uint64_t n;
 
 	CHECK(number_read(S("0"), &n) && n == 0);
@@ -387,7 +390,8 @@ static uint64_t
 siphash_reference(const unsigned char key[16], const unsigned char *in, size_t n)
 {
 	uint64_t k0 = siphash_word(key), k1 = siphash_word(key + 8), word;
-	uint64_t v[4] = {k0 ^ 0x736f6d6570736575, k1 ^ 0x646f72616e646f6d, k0 ^ 0x6c7967656e657261, k1 ^ 0x7465646279746573};
+	uint64_t v[4] = {k0 ^ 0x736f6d6570736575, k1 ^ 0x646f72616e646f6d, k0 ^ 0x6c7967656e657261,
+	    k1 ^ 0x7465646279746573};
 	unsigned char last[8] = {0};
 
 	memcpy(last, in + n / 8 * 8, n % 8);
@@ -712,6 +716,8 @@ test_log_whole_lines(void)
 	/* One write holds whole lines of at most 4096 bytes together, so that those of several workers never mix. */
 	static char packet[LOG_BUF];
 	char name[160];
+	unsigned count = 0;
+	bool flushed;
 	int fd[2];
 	ssize_t n;
 
@@ -724,11 +730,15 @@ test_log_whole_lines(void)
 		log_note(log, "event", name);
 		name[strlen(name)] = 'x';
 	}
-	while (!log_flush(log) || log->n > 0)
+	do {
+		flushed = log_flush(log);
 		while ((n = recv(fd[0], packet, sizeof packet, MSG_DONTWAIT)) > 0) {
-			CHECK(n <= LOG_LINE && packet[n - 1] == '\n');
-			CHECK(memcmp(packet, "time=", 5) == 0);
+			CHECK(n <= LOG_LINE && packet[n - 1] == '\n' && memcmp(packet, "time=", 5) == 0);
+			for (struct slice lines = {packet, (size_t)n}; lines.n > 0; count++)
+				text_line(&lines);
 		}
+	} while (!flushed);
+	CHECK(count == 200);
 	CHECK(log->dropped == 0);
 }
 
@@ -779,9 +789,9 @@ test_durations(void)
 {
 	/* Times are a whole number and a unit; nothing else is taken. */
 	static const struct { const char *text; uint64_t ms; } CASES[] = {
-		{"1ms", 1}, {"300ms", 300}, {"10s", 10000}, {"5m", 300000}, {"1h", 3600000}, {"007s", 7000},
-		{"", 0}, {"s", 0}, {"10", 0}, {"0s", 0}, {"0ms", 0}, {"-1s", 0}, {"+1s", 0}, {"1.5s", 0}, {"1 s", 0}, {" 1s", 0},
-		{"1s ", 0}, {"1S", 0}, {"1d", 0}, {"1sm", 0}, {"1234567890s", 0}, {"99999999999999999999s", 0},
+		{"1ms", 1}, {"300ms", 300}, {"10s", 10000}, {"5m", 300000}, {"1h", 3600000}, {"007s", 7000}, {"", 0}, {"s", 0},
+		{"10", 0}, {"0s", 0}, {"0ms", 0}, {"-1s", 0}, {"+1s", 0}, {"1.5s", 0}, {"1 s", 0}, {" 1s", 0}, {"1s ", 0},
+		{"1S", 0}, {"1d", 0}, {"1sm", 0}, {"1234567890s", 0}, {"99999999999999999999s", 0},
 	};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
@@ -809,15 +819,16 @@ test_rates(void)
 	/* Rates are a whole number and a unit, or `off`; any of them with any burst stays within 64 bits. */
 	static const struct { const char *text; uint64_t interval_ns; } CASES[] = {
 		{"10/s", 100000000}, {"1/s", 1000000000}, {"100/m", 600000000}, {"5/h", 720000000000}, {"1/d", 86400000000000},
-		{"999999999/s", 1}, {"", 0}, {"0/s", 0}, {"10", 0}, {"10/", 0}, {"/s", 0}, {"10/ms", 0}, {"10/S", 0}, {"-1/s", 0},
-		{"10 /s", 0}, {"10/s ", 0}, {"1234567890/s", 0}, {"off", 0},
+		{"999999999/s", 1}, {"", 0}, {"0/s", 0}, {"10", 0}, {"10/", 0}, {"/s", 0}, {"10/ms", 0}, {"10/S", 0},
+		{"-1/s", 0}, {"10 /s", 0}, {"10/s ", 0}, {"1234567890/s", 0}, {"off", 0},
 	};
 	struct rate rate = {.interval_ns = 7};
 	struct mistake m;
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
 		uint64_t ns = 0;
-		CHECK_OF(CASES[i].text, rate_read(CASES[i].text, &ns) == (CASES[i].interval_ns != 0) && ns == CASES[i].interval_ns);
+		CHECK_OF(CASES[i].text, rate_read(CASES[i].text, &ns) == (CASES[i].interval_ns != 0) &&
+		    ns == CASES[i].interval_ns);
 		CHECK_OF(CASES[i].text, ns < UINT64_MAX / 2 / 100001);
 	}
 	CHECK(config_rate(&rate, "off", &m) && rate.interval_ns == 0);
@@ -966,7 +977,7 @@ test_config_mistakes(void)
 		{"--ip-burst", "100001", "--ip-burst: '100001' is not a number from 0 to 100000"},
 		{"--ip-rate", "10", "--ip-rate: '10' is not a rate; write N/s, N/m, N/h or N/d, or off"},
 		{"--log-format", "xml", "--log-format: 'xml' is not a log format; write logfmt or json"},
-		{"--idle-timeout", "10", "--idle-timeout: '10' is not a time; write a number and ms, s, m or h, such as 10s"},
+		{"--idle-timeout", "10", "--idle-timeout: '10' is not a time; write a number and ms, s, m or h, such as 10s, up to a year"},
 		{"--keys=", NULL, "--keys: needs a value; give it one or leave it out"},
 	};
 	struct config cfg;
@@ -1138,7 +1149,8 @@ test_keys_grammar(void)
 	CHECK(key_is(p.map, "sk-1", "alice") && key_is(p.map, "SK-1", "Alice"));
 	CHECK(key_is(p.map, "sk-2", "bob") && key_is(p.map, "sk#3", "a.b_c@d-9") && key_is(p.map, "sk-5", "dave"));
 	CHECK(key_is(p.map, "sk-6", "crlf") && key_is(p.map, "sk-7", "last"));
-	CHECK(key_is(p.map, "sk-", NULL) && key_is(p.map, "sk-11", NULL) && key_is(p.map, "", NULL) && key_is(p.map, "alice", NULL));
+	CHECK(key_is(p.map, "sk-", NULL) && key_is(p.map, "sk-11", NULL) && key_is(p.map, "", NULL) &&
+	    key_is(p.map, "alice", NULL));
 	parsed_end(&p);
 }
 
@@ -1188,8 +1200,10 @@ test_keys_errors(void)
 		{"\xc3\xa4 s", "keys:3: a name must be 1 to 64 of the characters A-Z a-z 0-9 . _ @ -; rename the key\n"},
 		{"a", "keys:3: the key 'a' has no secret; write NAME SECRET\n"},
 		{"a # s", "keys:3: the key 'a' has no secret; write NAME SECRET\n"},
-		{"a sha256:12", "keys:3: sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'\n"},
-		{"a sha256:", "keys:3: sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'\n"},
+		{"a sha256:12",
+		    "keys:3: sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'\n"},
+		{"a sha256:",
+		    "keys:3: sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'\n"},
 		{"a sha256:g" DIGEST_OF_SECRET,
 		    "keys:3: sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'\n"},
 		{"a sha256:" DIGEST_OF_SECRET "0",
@@ -1291,14 +1305,16 @@ test_keys_publish(void)
 	parsed_again(&p, S("b one\nd four\n"), &cfg);
 	CHECK(p.good && key_is(p.map, "one", "a") && key_is(p.map, "four", NULL));
 	keys_flip(p.map);
-	CHECK(key_is(p.map, "one", "b") && key_is(p.map, "two", NULL) && key_is(p.map, "three", NULL) && key_is(p.map, "four", "d"));
+	CHECK(key_is(p.map, "one", "b") && key_is(p.map, "two", NULL) && key_is(p.map, "three", NULL) &&
+	    key_is(p.map, "four", "d"));
 	parsed_end(&p);
 }
 
 static void
 test_keys_environment(void)
 {
-	/* The key of TINYAUTH_KEY is named env, beside those of the file or alone; neither its name nor its secret is free. */
+	/* The key of TINYAUTH_KEY is named env, beside those of the file or alone; neither its name nor its secret
+	 * is free. */
 	static const struct { const char *text, *complaint; } CASES[] = {
 		{"", ""}, {"a other\n", ""},
 		{"env other\n", "keys:1: the name 'env' is used twice; rename one of them\n"},
@@ -1358,7 +1374,8 @@ keys_guarded(void)
 static void
 test_keys_torn_half(void)
 {
-	/* A half that is being rewritten while it is read may hold anything: nothing outside it is touched, and the look ends. */
+	/* A half that is being rewritten while it is read may hold anything: nothing outside it is touched, and the
+	 * look ends. */
 	struct keys_map *map = keys_guarded();
 	char *bytes = (char *)(map + 1), *end = guarded() + GUARDED;
 	struct key key;
@@ -1369,7 +1386,7 @@ test_keys_torn_half(void)
 			memcpy(c, &(uint64_t){random_next()}, 8);
 		map->half[half].mask = round % 3 == 0 ? (uint32_t)random_next() : (uint32_t)random_below(80);
 		for (uint32_t i = 0; i < map->slots; i++)
-			keys_index(map, half)[i] = (uint32_t)random_below(map->capacity + 2);
+			keys_index(map, half)[i] = random_below(8) ? (uint32_t)random_below(map->capacity + 2) : (uint32_t)random_next();
 		struct key_row *row = &keys_rows(map, half)[random_below(map->capacity)];
 		if (round % 2 == 0)
 			row->name_at = (uint32_t)random_below(map->capacity * KEY_NAME_MAX + 2);
@@ -1458,7 +1475,8 @@ test_keys_unreadable(void)
 
 	CHECK(!keys_read("/nowhere/keys", &file, &bad) && !keys_read("/", &file, &bad) && bad.n == 2);
 	fclose(bad.to);
-	CHECK_OF(text, text_is(text, "/nowhere/keys: cannot be read: No such file or directory; make it with 'tinyauth key add "
+	CHECK_OF(text, text_is(text,
+	    "/nowhere/keys: cannot be read: No such file or directory; make it with 'tinyauth key add "
 	    "NAME', or name another with --keys\n/nowhere/keys: cannot be read: it is not a regular file\n"));
 	free(text);
 }
@@ -1677,13 +1695,14 @@ test_heads_good(void)
 {
 	/* What the rules allow is taken, whole and in pieces. */
 	const struct slice CASES[] = {
-		LINE("GET / HTTP/1.1"), LINE("\r\nGET / HTTP/1.1"), LINE("POST /a/b?c=d HTTP/1.0"), LINE("M-SEARCH / HTTP/1.1"),
-		LINE("AAAAAAAAAABBBBBBBBBBCCCCCCCCCCDD / HTTP/1.1"), LINE("OPTIONS * HTTP/1.1"), LINE("GET http://b HTTP/1.1"),
-		LINE("GET HTTP://b:80/x HTTP/1.1"), LINE("GET https://[::1]:80?x HTTP/1.1"), LINE("GET /%20%7e%FF HTTP/1.1"),
-		LINE("GET /?%zz%&\\ HTTP/1.1"), LINE("GET /!$&'()*+,-.:;<=>@[]^_`{|}~\" HTTP/1.1"), LINE("GET //a/../b HTTP/1.1"),
-		LINE("GET http://a%20b/ HTTP/1.1"), LINE("GET /http://a@b HTTP/1.1"),
-		S("GET / HTTP/1.0\r\n\r\n"), S("GET / HTTP/1.1\r\nhOST:a\r\n\r\n"), S("GET / HTTP/1.1\r\nHost:\t a \t\r\n\r\n"),
-		HOST("[::1]"), HOST("[::ffff:1.2.3.4]:80"), HOST("a:"), HOST("a:0"), HOST("a:65535"), HOST("a-b_c.d~!$&'()*+;="),
+		LINE("GET / HTTP/1.1"), LINE("\r\nGET / HTTP/1.1"), LINE("POST /a/b?c=d HTTP/1.0"),
+		LINE("M-SEARCH / HTTP/1.1"), LINE("AAAAAAAAAABBBBBBBBBBCCCCCCCCCCDD / HTTP/1.1"), LINE("OPTIONS * HTTP/1.1"),
+		LINE("GET http://b HTTP/1.1"), LINE("GET HTTP://b:80/x HTTP/1.1"), LINE("GET https://[::1]:80?x HTTP/1.1"),
+		LINE("GET /%20%7e%FF HTTP/1.1"), LINE("GET /?%zz%&\\ HTTP/1.1"),
+		LINE("GET /!$&'()*+,-.:;<=>@[]^_`{|}~\" HTTP/1.1"), LINE("GET //a/../b HTTP/1.1"),
+		LINE("GET http://a%20b/ HTTP/1.1"), LINE("GET /http://a@b HTTP/1.1"), S("GET / HTTP/1.0\r\n\r\n"),
+		S("GET / HTTP/1.1\r\nhOST:a\r\n\r\n"), S("GET / HTTP/1.1\r\nHost:\t a \t\r\n\r\n"), HOST("[::1]"),
+		HOST("[::ffff:1.2.3.4]:80"), HOST("a:"), HOST("a:0"), HOST("a:65535"), HOST("a-b_c.d~!$&'()*+;="),
 		HOST("%41b"), WITH("A:\r\n"), WITH("A: b\tc \xc3\xa4\r\n"), WITH("!#$%&'*+-.^_`|~09Az: b\r\n"),
 		WITH("Content-Length: 0\r\n"), WITH("Content-Length: 999999999999999999\r\n"), WITH("Content-Length: 007\r\n"),
 		WITH("Transfer-Encoding: chunked\r\n"), WITH("transfer-encoding:CHUNKED\r\n"), WITH("Authorization:\r\n"),
@@ -1708,23 +1727,24 @@ test_heads_bad_lines(void)
 		{LINE("GET / HTTP/1.1\r"), 400}, {LINE("GET / HTTP/1.1 x"), 400}, {S("GET / HTTP/1.1\nHost: a\n\n"), 400},
 		{LINE("GET /\r\n"), 400}, {LINE("GET /"), 400}, {LINE("GET"), 400}, {LINE("GET "), 400}, {LINE("GET  "), 400},
 		{S("GET\0 / HTTP/1.1\r\n"), 400}, {S("GET /\0 HTTP/1.1\r\n"), 400}, {S("GET / HTTP/1.1\0\r\n"), 400},
-		{S("\x16\x03\x01\x02"), 400},
-		{LINE("get / HTTP/1.1"), 501}, {LINE("GeT / HTTP/1.1"), 501}, {LINE("GET1 / HTTP/1.1"), 501},
-		{LINE("G_T / HTTP/1.1"), 501}, {LINE("AAAAAAAAAABBBBBBBBBBCCCCCCCCCCDDD / HTTP/1.1"), 501},
-		{LINE("G(T / HTTP/1.1"), 400}, {LINE("G\x80T / HTTP/1.1"), 400}, {LINE("GET,POST / HTTP/1.1"), 400},
-		{LINE("CONNECT a:443 HTTP/1.1"), 405}, {LINE("TRACE / HTTP/1.1"), 405}, {LINE("TRACK / HTTP/1.1"), 405},
-		{LINE("GET / HTTP/1.2"), 400}, {LINE("GET / HTTP/1.9"), 400}, {LINE("GET / HTTP/1.10"), 400},
-		{LINE("GET / HTTP/11"), 400}, {LINE("GET / HTTP/1"), 400}, {LINE("GET / HTTP/1,1"), 400}, {LINE("GET / HTTP/x.1"), 400},
-		{LINE("GET / http/1.1"), 400}, {LINE("GET / HTTPS/1.1"), 400}, {LINE("GET / ICY/1.1"), 400}, {LINE("GET / HTTP/"), 400},
-		{LINE("GET / HTTP/2.0"), 505}, {LINE("GET / HTTP/0.9"), 505}, {LINE("GET / HTTP/3"), 505},
-		{S("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), 505}, {LINE("PRI * HTTP/1.1"), 400},
+		{S("\x16\x03\x01\x02"), 400}, {LINE("get / HTTP/1.1"), 501}, {LINE("GeT / HTTP/1.1"), 501},
+		{LINE("GET1 / HTTP/1.1"), 501}, {LINE("G_T / HTTP/1.1"), 501},
+		{LINE("AAAAAAAAAABBBBBBBBBBCCCCCCCCCCDDD / HTTP/1.1"), 501}, {LINE("G(T / HTTP/1.1"), 400},
+		{LINE("G\x80T / HTTP/1.1"), 400}, {LINE("GET,POST / HTTP/1.1"), 400}, {LINE("CONNECT a:443 HTTP/1.1"), 405},
+		{LINE("TRACE / HTTP/1.1"), 405}, {LINE("TRACK / HTTP/1.1"), 405}, {LINE("GET / HTTP/1.2"), 400},
+		{LINE("GET / HTTP/1.9"), 400}, {LINE("GET / HTTP/1.10"), 400}, {LINE("GET / HTTP/11"), 400},
+		{LINE("GET / HTTP/1"), 400}, {LINE("GET / HTTP/1,1"), 400}, {LINE("GET / HTTP/x.1"), 400},
+		{LINE("GET / http/1.1"), 400}, {LINE("GET / HTTPS/1.1"), 400}, {LINE("GET / ICY/1.1"), 400},
+		{LINE("GET / HTTP/"), 400}, {LINE("GET / HTTP/2.0"), 505}, {LINE("GET / HTTP/0.9"), 505},
+		{LINE("GET / HTTP/3"), 505}, {S("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), 505}, {LINE("PRI * HTTP/1.1"), 400},
 		{LINE("GET * HTTP/1.1"), 400}, {LINE("OPTIONS ** HTTP/1.1"), 400}, {LINE("OPTIONS *a HTTP/1.1"), 400},
 		{LINE("GET a HTTP/1.1"), 400}, {LINE("GET ?a HTTP/1.1"), 400}, {LINE("GET a:80 HTTP/1.1"), 400},
 		{LINE("GET http:/a HTTP/1.1"), 400}, {LINE("GET http:// HTTP/1.1"), 400}, {LINE("GET http HTTP/1.1"), 400},
-		{LINE("GET http:///a HTTP/1.1"), 400}, {LINE("GET http://?a HTTP/1.1"), 400}, {LINE("GET ftp://a/ HTTP/1.1"), 400},
-		{LINE("GET http://u@a/ HTTP/1.1"), 400}, {LINE("GET http://u:p@a/ HTTP/1.1"), 400},
-		{LINE("GET http://a:65536/ HTTP/1.1"), 400}, {LINE("GET http://a:b/ HTTP/1.1"), 400},
-		{LINE("GET http://[::1/ HTTP/1.1"), 400}, {LINE("GET http://a,b/ HTTP/1.1"), 400}, {LINE("GET http://:80/ HTTP/1.1"), 400},
+		{LINE("GET http:///a HTTP/1.1"), 400}, {LINE("GET http://?a HTTP/1.1"), 400},
+		{LINE("GET ftp://a/ HTTP/1.1"), 400}, {LINE("GET http://u@a/ HTTP/1.1"), 400},
+		{LINE("GET http://u:p@a/ HTTP/1.1"), 400}, {LINE("GET http://a:65536/ HTTP/1.1"), 400},
+		{LINE("GET http://a:b/ HTTP/1.1"), 400}, {LINE("GET http://[::1/ HTTP/1.1"), 400},
+		{LINE("GET http://a,b/ HTTP/1.1"), 400}, {LINE("GET http://:80/ HTTP/1.1"), 400},
 		{LINE("GET /a#b HTTP/1.1"), 400}, {LINE("GET /?a#b HTTP/1.1"), 400}, {LINE("GET /\x01 HTTP/1.1"), 400},
 		{LINE("GET /\x7f HTTP/1.1"), 400}, {LINE("GET /\x80 HTTP/1.1"), 400}, {LINE("GET /?\xff HTTP/1.1"), 400},
 		{LINE("GET /% HTTP/1.1"), 400}, {LINE("GET /%2 HTTP/1.1"), 400}, {LINE("GET /%zz HTTP/1.1"), 400},
@@ -1743,25 +1763,28 @@ test_heads_bad_fields(void)
 {
 	/* Fields that are refused, each with its status. [r8 to r17] */
 	const struct { struct slice text; int status; } CASES[] = {
-		{WITH(" A: b\r\n"), 400}, {WITH("\tA: b\r\n"), 400}, {WITH("A: b\r\n c\r\n"), 400}, {WITH("A: b\r\n\tc\r\n"), 400},
-		{WITH("A : b\r\n"), 400}, {WITH("A\t: b\r\n"), 400}, {WITH("A B: c\r\n"), 400}, {WITH(": b\r\n"), 400},
-		{WITH("A\r\n"), 400}, {WITH("A(: b\r\n"), 400}, {WITH("A\x80: b\r\n"), 400}, {WITH("\"A\": b\r\n"), 400},
-		{WITH("A: b\nC: d\r\n"), 400}, {WITH("A: b\rC: d\r\n"), 400}, {WITH("A: b\r\r\n"), 400}, {WITH("\rA: b\r\n"), 400},
-		{WITH("A: \x01\r\n"), 400}, {WITH("A: \x7f\r\n"), 400}, {WITH("A: \x0b\r\n"), 400},
-		{S("GET / HTTP/1.1\r\nHost: a\r\nA: \0\r\n\r\n"), 400}, {S("GET / HTTP/1.1\r\nHost: a\r\nA\0: b\r\n\r\n"), 400},
-		{S("GET / HTTP/1.1\r\nHost: a\r\n\n"), 400}, {S("GET / HTTP/1.1\r\nHost: a\n\r\n"), 400},
-		{S("GET / HTTP/1.1\r\n\r\n"), 400}, {S("GET / HTTP/1.1\r\n Host: a\r\n\r\n"), 400},
-		{S("GET http://a/ HTTP/1.1\r\n\r\n"), 400},
-		{WITH("Host: a\r\n"), 400}, {WITH("host: b\r\n"), 400}, {S("GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n"), 400},
-		{HOST(""), 400}, {HOST("a b"), 400}, {HOST("a,b"), 400}, {HOST("a/b"), 400}, {HOST("a?b"), 400}, {HOST("u@a"), 400},
-		{HOST("a:65536"), 400}, {HOST("a:000080"), 400}, {HOST("a:8a"), 400}, {HOST("a:-1"), 400}, {HOST("a:80:80"), 400},
-		{HOST(":80"), 400}, {HOST("[::1"), 400}, {HOST("[]"), 400}, {HOST("[g::]"), 400}, {HOST("[::1]a"), 400},
-		{HOST("[1.2.3.4]"), 400}, {HOST("[fe80::1%eth0]"), 400}, {HOST("::1"), 400}, {HOST("a%2"), 400}, {HOST("a%zz"), 400},
+		{WITH(" A: b\r\n"), 400}, {WITH("\tA: b\r\n"), 400}, {WITH("A: b\r\n c\r\n"), 400},
+		{WITH("A: b\r\n\tc\r\n"), 400}, {WITH("A : b\r\n"), 400}, {WITH("A\t: b\r\n"), 400}, {WITH("A B: c\r\n"), 400},
+		{WITH(": b\r\n"), 400}, {WITH("A\r\n"), 400}, {WITH("A(: b\r\n"), 400}, {WITH("A\x80: b\r\n"), 400},
+		{WITH("\"A\": b\r\n"), 400}, {WITH("A: b\nC: d\r\n"), 400}, {WITH("A: b\rC: d\r\n"), 400},
+		{WITH("A: b\r\r\n"), 400}, {WITH("\rA: b\r\n"), 400}, {WITH("A: \x01\r\n"), 400}, {WITH("A: \x7f\r\n"), 400},
+		{WITH("A: \x0b\r\n"), 400}, {S("GET / HTTP/1.1\r\nHost: a\r\nA: \0\r\n\r\n"), 400},
+		{S("GET / HTTP/1.1\r\nHost: a\r\nA\0: b\r\n\r\n"), 400}, {S("GET / HTTP/1.1\r\nHost: a\r\n\n"), 400},
+		{S("GET / HTTP/1.1\r\nHost: a\n\r\n"), 400}, {S("GET / HTTP/1.1\r\n\r\n"), 400},
+		{S("GET / HTTP/1.1\r\n Host: a\r\n\r\n"), 400}, {S("GET http://a/ HTTP/1.1\r\n\r\n"), 400},
+		{WITH("Host: a\r\n"), 400}, {WITH("host: b\r\n"), 400},
+		{S("GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n"), 400}, {HOST(""), 400}, {HOST("a b"), 400},
+		{HOST("a,b"), 400}, {HOST("a/b"), 400}, {HOST("a?b"), 400}, {HOST("u@a"), 400}, {HOST("a:65536"), 400},
+		{HOST("a:000080"), 400}, {HOST("a:8a"), 400}, {HOST("a:-1"), 400}, {HOST("a:80:80"), 400}, {HOST(":80"), 400},
+		{HOST("[::1"), 400}, {HOST("[]"), 400}, {HOST("[g::]"), 400}, {HOST("[::1]a"), 400}, {HOST("[1.2.3.4]"), 400},
+		{HOST("[fe80::1%eth0]"), 400}, {HOST("::1"), 400}, {HOST("a%2"), 400}, {HOST("a%zz"), 400},
 		{HOST("\xc3\xa4"), 400}, {HOST("a\"b"), 400}, {HOST("a<b"), 400}, {HOST("a\\b"), 400},
-		{WITH("Content-Length:\r\n"), 400}, {WITH("Content-Length: +1\r\n"), 400}, {WITH("Content-Length: -1\r\n"), 400},
-		{WITH("Content-Length: 1 1\r\n"), 400}, {WITH("Content-Length: 1,1\r\n"), 400}, {WITH("Content-Length: 0x1\r\n"), 400},
+		{WITH("Content-Length:\r\n"), 400}, {WITH("Content-Length: +1\r\n"), 400},
+		{WITH("Content-Length: -1\r\n"), 400}, {WITH("Content-Length: 1 1\r\n"), 400},
+		{WITH("Content-Length: 1,1\r\n"), 400}, {WITH("Content-Length: 0x1\r\n"), 400},
 		{WITH("Content-Length: 1.0\r\n"), 400}, {WITH("Content-Length: 1000000000000000000\r\n"), 400},
-		{WITH("Content-Length: 18446744073709551616\r\n"), 400}, {WITH("Content-Length: 1\r\nContent-Length: 1\r\n"), 400},
+		{WITH("Content-Length: 18446744073709551616\r\n"), 400},
+		{WITH("Content-Length: 1\r\nContent-Length: 1\r\n"), 400},
 		{WITH("Content-Length: 0\r\nContent-Length: 0\r\n"), 400}, {WITH("Content-Length: \xb2\r\n"), 400},
 		{WITH("Transfer-Encoding:\r\n"), 400}, {WITH("Transfer-Encoding: identity\r\n"), 400},
 		{WITH("Transfer-Encoding: xchunked\r\n"), 400}, {WITH("Transfer-Encoding: chunkedx\r\n"), 400},
@@ -1777,8 +1800,8 @@ test_heads_bad_fields(void)
 		{S("POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"), 400},
 		{WITH("Authorization: a\r\nAuthorization: a\r\n"), 400}, {WITH("Authorization:\r\nauthorization: a\r\n"), 400},
 		{WITH("X-Api-Key: a\r\nx-api-key: b\r\n"), 400}, {WITH("X-Api-Key:\r\nX-Api-Key:\r\n"), 400},
-		{WITH("Api-Key: a\r\nApi-Key: b\r\n"), 400},
-		{WITH("Connection: a b\r\n"), 400}, {WITH("Connection: \"close\"\r\n"), 400}, {WITH("Connection: a;b\r\n"), 400},
+		{WITH("Api-Key: a\r\nApi-Key: b\r\n"), 400}, {WITH("Connection: a b\r\n"), 400},
+		{WITH("Connection: \"close\"\r\n"), 400}, {WITH("Connection: a;b\r\n"), 400},
 		{WITH("Expect: 200-ok\r\n"), 417}, {WITH("Expect:\r\n"), 417}, {WITH("Expect: 100-continue, x\r\n"), 417},
 	};
 	struct head h;
@@ -1811,6 +1834,8 @@ test_heads_limits(void)
 	CHECK(head_verdict_of(line, "x", room, end) == 200);
 	CHECK(head_verdict_of(line, "x", room + 1, end) == 431);
 	CHECK(head_verdict_of(line, "x", 3 * HEAD_MAX, "") == 431);
+	CHECK(head_verdict_of(line, "x", HEAD_MAX - strlen(line), "") == 431);
+	CHECK(head_verdict_of(line, "x", HEAD_MAX - strlen(line) - 1, "") == MORE);
 	CHECK(head_verdict_of("GET /", "x", TARGET_MAX - 1, " HTTP/1.1\r\nHost: a\r\n\r\n") == 200);
 	CHECK(head_verdict_of("GET /", "x", TARGET_MAX, " HTTP/1.1\r\nHost: a\r\n\r\n") == 414);
 	CHECK(head_verdict_of("GET /?", "x", TARGET_MAX, "") == 414);
@@ -1857,7 +1882,8 @@ test_head_contents(void)
 	CHECK(slice_is(h->request_id, "id") && h->keep_alive && !h->close && h->option_upgrade && h->upgrade_websocket);
 	CHECK(h->options == 1 && slice_is(h->option[0], "Foo") && h->te_trailers && h->expect_continue);
 	h = head_of(S("GET / HTTP/1.0\r\n\r\n"));
-	CHECK(h->minor == 0 && h->fields == 0 && h->options == 0 && !h->has_length && h->authorization.n == 0 && h->host.n == 0);
+	CHECK(h->minor == 0 && h->fields == 0 && h->options == 0 && !h->has_length && h->authorization.n == 0 &&
+	    h->host.n == 0);
 	h = head_of(S("POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"));
 	CHECK(h->close && h->chunked && !h->has_length);
 }
@@ -1867,8 +1893,9 @@ test_head_absolute_form(void)
 {
 	/* An absolute target's authority stands for Host, and the target goes on in origin-form. [r5] */
 	static const struct { const char *target, *host, *sent, *path; bool slash; } CASES[] = {
-		{"http://b/x?y", "b", "/x?y", "/x", false}, {"HTTPS://b:8/", "b:8", "/", "/", false}, {"http://b", "b", "", "/", true},
-		{"http://b?q", "b", "?q", "/", true}, {"http://[::1]:1/http://c/", "[::1]:1", "/http://c/", "/http://c/", false},
+		{"http://b/x?y", "b", "/x?y", "/x", false}, {"HTTPS://b:8/", "b:8", "/", "/", false},
+		{"http://b", "b", "", "/", true}, {"http://b?q", "b", "?q", "/", true},
+		{"http://[::1]:1/http://c/", "[::1]:1", "/http://c/", "/http://c/", false},
 	};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
@@ -1898,11 +1925,15 @@ static void
 test_path_is_odd(void)
 {
 	/* Paths that servers normalise in different ways are odd, encoded or not; a query never is. [r6] */
-	static const char *const ODD[] = {"/.", "/..", "/./a", "/../a", "/a/.", "/a/..", "/a/./b", "/a/../b", "/a//b", "//", "//a",
-	    "/a//", "/%2e", "/%2E%2e/a", "/.%2e/a", "/a/%2e./b", "/a%2fb", "/a%2Fb", "/a%5cb", "/a%5Cb", "/a;b", "/;", "/a%3bb",
-	    "/%2f", "http://h//", "http://h/a/.."};
-	static const char *const EVEN[] = {"/", "/a", "/a/", "/.a", "/a.", "/...", "/a/.../b", "/..a", "/a..", "/a/.b/c.", "/%2e%2e%2e",
-	    "/%252e/", "/%252f", "/a?//", "/a?/../b;c", "/a%20b", "/%41", "http://h", "http://h/a", "http://h?//"};
+	static const char *const ODD[] = {
+		"/.", "/..", "/./a", "/../a", "/a/.", "/a/..", "/a/./b", "/a/../b", "/a//b", "//", "//a", "/a//", "/%2e",
+		"/%2E%2e/a", "/.%2e/a", "/a/%2e./b", "/a%2fb", "/a%2Fb", "/a%5cb", "/a%5Cb", "/a;b", "/;", "/a%3bb", "/%2f",
+		"http://h//", "http://h/a/..",
+	};
+	static const char *const EVEN[] = {
+		"/", "/a", "/a/", "/.a", "/a.", "/...", "/a/.../b", "/..a", "/a..", "/a/.b/c.", "/%2e%2e%2e", "/%252e/",
+		"/%252f", "/a?//", "/a?/../b;c", "/a%20b", "/%41", "http://h", "http://h/a", "http://h?//",
+	};
 
 	for (size_t i = 0; i < LENGTH(ODD); i++)
 		CHECK_OF(ODD[i], head_of_path(ODD[i])->path_odd);
@@ -1916,13 +1947,14 @@ test_path_matches(void)
 	/* Rules look at the path decoded once, to its end, or as a prefix with `*`; an odd path matches nothing. [r6] */
 	static const struct { const char *path, *rule; bool matches; } CASES[] = {
 		{"/health", "/health", true}, {"/health?x", "/health", true}, {"/healt%68", "/health", true},
-		{"/%68%65%61%6C%74%68", "/health", true}, {"http://a/health", "/health", true},
-		{"/health/", "/health", false}, {"/healt", "/health", false}, {"/healthy", "/health", false}, {"/Health", "/health", false},
+		{"/%68%65%61%6C%74%68", "/health", true}, {"http://a/health", "/health", true}, {"/health/", "/health", false},
+		{"/healt", "/health", false}, {"/healthy", "/health", false}, {"/Health", "/health", false},
 		{"/health%20", "/health", false}, {"/healt%2568", "/health", false}, {"/health%3f", "/health", false},
 		{"/x/../health", "/health", false}, {"//health", "/health", false}, {"/health;x", "/health", false},
 		{"/./health", "/health", false}, {"/%2fhealth", "/health", false}, {"/x?/health", "/health", false},
-		{"/api/x", "/api/*", true}, {"/api/", "/api/*", true}, {"/%61pi/x/y", "/api/*", true}, {"/api", "/api/*", false},
-		{"/apix", "/api/*", false}, {"/api/../x", "/api/*", false}, {"/api//x", "/api/*", false}, {"/a", "*", true}, {"/", "/", true},
+		{"/api/x", "/api/*", true}, {"/api/", "/api/*", true}, {"/%61pi/x/y", "/api/*", true},
+		{"/api", "/api/*", false}, {"/apix", "/api/*", false}, {"/api/../x", "/api/*", false},
+		{"/api//x", "/api/*", false}, {"/a", "*", true}, {"/", "/", true},
 	};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++)
@@ -1933,11 +1965,16 @@ static void
 test_host_good(void)
 {
 	/* Host grammar; each beginning of a good host could still become one. [r10] */
-	static const char *const GOOD[] = {"a", "a.b", "a:", "a:80", "a:0", "a:65535", "127.0.0.1", "[::1]", "[::1]:", "[::1]:80",
-	    "[1:2:3:4:5:6:7:8]", "[1:2:3:4:5:6:1.2.3.4]", "a_b", "a-b", "%41", "a%2Cb:1", "~!$&'()*+;="};
-	static const char *const BAD[] = {"", ":", ":80", "a b", "a,b", "a/b", "a@b", "a:65536", "a:123456", "a:8x", "a::", "a:1:2", "[",
-	    "[]", "[:]", "[::1", "::1", "[::1]x", "[::1]]", "[::1]80", "[[::1]]", "[1:2]", "[1::2::3]", "[::1%251]", "[v1.a]",
-	    "[1:2:3:4:5:6:7:8:9]", "[12345::]", "%", "%4", "a%", "a%4", "a%4:80", "%zz", "a[b]", "a\"", "a<", "\x80", "a#", "a?", "a\\"};
+	static const char *const GOOD[] = {
+		"a", "a.b", "a:", "a:80", "a:0", "a:65535", "127.0.0.1", "[::1]", "[::1]:", "[::1]:80", "[1:2:3:4:5:6:7:8]",
+		"[1:2:3:4:5:6:1.2.3.4]", "a_b", "a-b", "%41", "a%2Cb:1", "~!$&'()*+;=",
+	};
+	static const char *const BAD[] = {
+		"", ":", ":80", "a b", "a,b", "a/b", "a@b", "a:65536", "a:123456", "a:8x", "a::", "a:1:2", "[", "[]", "[:]",
+		"[::1", "::1", "[::1]x", "[::1]]", "[::1]80", "[[::1]]", "[1:2]", "[1::2::3]", "[::1%251]", "[v1.a]",
+		"[1:2:3:4:5:6:7:8:9]", "[12345::]", "%", "%4", "a%", "a%4", "a%4:80", "%zz", "a[b]", "a\"", "a<", "\x80", "a#",
+		"a?", "a\\",
+	};
 
 	for (size_t i = 0; i < LENGTH(GOOD); i++) {
 		struct slice host = slice_of(GOOD[i]);
@@ -1967,7 +2004,8 @@ test_head_upgrades(void)
 		{UPGRADE("GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: h2c\r\n"), false},
 		{UPGRADE("GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket, h2c\r\n"), false},
 		{UPGRADE("GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n"), false},
-		{UPGRADE("GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n"), false},
+		{UPGRADE("GET / HTTP/1.1", "Connection: upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n"),
+		    false},
 	};
 #undef UPGRADE
 
@@ -1997,7 +2035,8 @@ head_rewritten(const struct head *h, bool upgrade)
 static void
 test_head_rewrite_text(void)
 {
-	/* A request goes on in our words: method and target as they came, our Host, what passes, our framing, the client. */
+	/* A request goes on in our words: method and target as they came, our Host, what passes, our framing, the
+	 * client. */
 	CHECK(slice_is(head_rewritten(head_of(S("GET /x?y HTTP/1.0\r\n\r\n")), false),
 	    "GET /x?y HTTP/1.1\r\nHost: localhost:1\r\nX-Real-IP: 192.0.2.1\r\nX-Forwarded-For: 192.0.2.1\r\n"
 	    "X-Forwarded-Proto: http\r\nX-Request-Id: id\r\n\r\n"));
@@ -2032,11 +2071,12 @@ test_head_unsafe(void)
 {
 	/* With a body, a head at which a parser behind us might stop is refused; the same head without one passes. */
 	static const struct { const char *begin, *part; size_t times; const char *end; int status; } CASES[] = {
-		{"GET /", "x", 8100, " HTTP/1.1\r\nHost: a\r\n", 0}, {"POST /", "x", 8173, " HTTP/1.1\r\nHost: a\r\n", 0},
-		{"POST /", "x", 8174, " HTTP/1.1\r\nHost: a\r\n", 414}, {"POST /?a", "?", 1, " HTTP/1.1\r\nHost: a\r\n", 400},
+		{"GET /", "x", 8100, " HTTP/1.1\r\nHost: a\r\n", 0}, {"POST /", "x", 8174, " HTTP/1.1\r\nHost: a\r\n", 0},
+		{"POST /", "x", 8175, " HTTP/1.1\r\nHost: a\r\n", 414}, {"POST /?a", "?", 1, " HTTP/1.1\r\nHost: a\r\n", 400},
 		{"POST /?a", "&", 1, " HTTP/1.1\r\nHost: a\r\n", 0}, {"BREW /", "", 0, " HTTP/1.1\r\nHost: a\r\n", 501},
 		{"PATCH /", "", 0, " HTTP/1.1\r\nHost: a\r\n", 0}, {"DELETE /", "", 0, " HTTP/1.1\r\nHost: a\r\n", 0},
-		{"POST / HTTP/1.1\r\nHost: a\r\nA: ", "x", 8186, "\r\n", 0}, {"POST / HTTP/1.1\r\nHost: a\r\nA: ", "x", 8187, "\r\n", 431},
+		{"POST / HTTP/1.1\r\nHost: a\r\nA: ", "x", 8186, "\r\n", 0},
+		{"POST / HTTP/1.1\r\nHost: a\r\nA: ", "x", 8187, "\r\n", 431},
 		{"POST / HTTP/1.1\r\nHost: a\r\n", "A: b\r\n", FIELDS_MAX - FIELDS_ADDED, "", 0},
 		{"POST / HTTP/1.1\r\nHost: a\r\n", "A: b\r\n", FIELDS_MAX - FIELDS_ADDED + 1, "", 431},
 		{"POST / HTTP/1.1\r\nHost: a\r\n", "A_: b\r\n", FIELDS_MAX - FIELDS_ADDED + 1, "", 0},
@@ -2059,8 +2099,8 @@ test_head_unsafe(void)
 static void
 test_head_hides_body(void)
 {
-	/* A body that some servers overlook goes on a connection of its own: on other methods than those that have one, or with
-	 * Range. */
+	/* A body that some servers overlook goes on a connection of its own: on other methods than those that have
+	 * one, or with Range. */
 	static const struct { const char *method, *fields; bool hides; } CASES[] = {
 		{"GET", "Content-Length: 1\r\n", true}, {"DELETE", "Transfer-Encoding: chunked\r\n", true},
 		{"HEAD", "Content-Length: 1\r\n", true}, {"POST", "Content-Length: 1\r\nRange: bytes=0-1\r\n", true},
@@ -2080,26 +2120,30 @@ test_head_hides_body(void)
 }
 
 /* Fields that never go on, in a case of their own; each carries the word EVIL. */
-static const char *const NOT_PASSED[] = {"Authorization", "X-API-KEY", "api-key", "Connection", "KEEP-ALIVE", "Proxy-Authorization",
-    "Proxy-Connection", "proxy-", "TE", "Upgrade", "HTTP2-Settings", "Trailer", "X-Forwarded-For", "x-forwarded-host", "X-Forwarded-Proto",
-    "X-Forwarded-Evil", "Forwarded", "X-Real-IP", "X-Client-IP", "True-Client-IP", "X-Cluster-Client-IP", "X-Request-Id",
-    "a_b", "_", "Content_Length", "X_Forwarded_For", "Authorization_", "Named"};
+static const char *const NOT_PASSED[] = {
+	"Authorization", "X-API-KEY", "api-key", "Connection", "KEEP-ALIVE", "Proxy-Authorization", "Proxy-Connection",
+	"proxy-", "TE", "Upgrade", "HTTP2-Settings", "Trailer", "X-Forwarded-For", "x-forwarded-host", "X-Forwarded-Proto",
+	"X-Forwarded-Evil", "Forwarded", "X-Real-IP", "X-Client-IP", "True-Client-IP", "X-Cluster-Client-IP",
+	"X-Request-Id", "a_b", "_", "Content_Length", "X_Forwarded_For", "Authorization_", "Named",
+};
 
 static void
 test_head_rewrite_drops(void)
 {
-	/* Credentials, hop-by-hop, forwarded, underscored and Connection-named fields do not go on; others do. [r14, r15] */
+	/* Credentials, hop-by-hop, forwarded, underscored and Connection-named fields do not go on; others do.
+	 * [r14, r15] */
 	for (size_t i = 0; i < LENGTH(NOT_PASSED); i++) {
 		struct out o = out_new();
-		out_text(&o, "GET / HTTP/1.1\r\nHost: a\r\nConnection: named, host, content-length, x-real-ip\r\nFirst: 1\r\n");
+		out_text(&o, "GET / HTTP/1.1\r\nHost: a\r\nConnection: named, host, content-length\r\nFirst: 1\r\n");
 		out_text(&o, NOT_PASSED[i]);
 		out_text(&o, ": EVIL\r\nContent-Length: 5\r\nLast: 2\r\n\r\n");
 		struct slice text = head_rewritten(head_of(out_so_far(&o)), false);
 		CHECK_OF(NOT_PASSED[i], !slice_holds(text, "EVIL"));
 		CHECK_OF(NOT_PASSED[i], slice_holds(text, "\r\nFirst: 1\r\n") && slice_holds(text, "\r\nLast: 2\r\n"));
-		CHECK_OF(NOT_PASSED[i], slice_holds(text, "\r\nHost: localhost:1\r\n") && slice_holds(text, "\r\nContent-Length: 5\r\n"));
-		CHECK_OF(NOT_PASSED[i], slice_holds(text, "\r\nX-Real-IP: 192.0.2.1\r\n"));
+		CHECK_OF(NOT_PASSED[i], slice_holds(text, "\r\nHost: localhost:1\r\n") &&
+		    slice_holds(text, "\r\nContent-Length: 5\r\n"));
 	}
+	CHECK(slice_holds(head_rewritten(head_of(WITH("Connection: x-real-ip\r\n")), false), "\r\nX-Real-IP: 192.0.2.1\r\n"));
 }
 
 /* Is what was written from `h` understood as the same request, and free of what must not go on? */
@@ -2118,17 +2162,23 @@ rewriting_is_faithful(const struct head *h, struct slice text)
 	for (unsigned i = 0; i < again.fields; i++)
 		if (again.field[i].id == F_UNDERSCORE || again.field[i].id == F_HOP)
 			return false;
-	return !again.has_authorization && !again.has_x_api_key && !again.has_api_key && slice_is(again.host, "localhost:1") &&
+	return !again.has_authorization && !again.has_x_api_key && !again.has_api_key &&
+	    slice_is(again.host, "localhost:1") &&
 	       slice_is(again.request_id, "id");
 }
 
 /* Of these heads are made at random: whole fields, and scraps that break things. */
-static const char *const FIELDS[] = {"Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n", "Connection: close\r\n", "A: b\r\n",
-    "Connection: x-named, keep-alive\r\n", "X-Named: 1\r\n", "Authorization: Bearer k\r\n", "X-Api-Key: k\r\n", "X_Y: 1\r\n",
-    "X-Forwarded-For: 1\r\n", "Expect: 100-continue\r\n", "TE: trailers\r\n", "Upgrade: websocket\r\n", "Accept:\t*/*\r\n"};
-static const char *const SCRAPS[] = {"GET ", "get ", "/", "%41", "%", "?q", "*", "http://", ":80", " HTTP/1.1\r\n", " HTTP/2.0\r\n",
-    "\r\n", "\r\n\r\n", "\n", "\r", " ", "\t", "Host: a\r\n", "Host: [::1]\r\n", "Content-Length: -1\r\n", "0", "A", ":", ",", "\x80",
-    "\x01", ";", "Transfer-Encoding: gzip\r\n", "Connection: ", "Expect: x\r\n"};
+static const char *const FIELDS[] = {
+	"Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n", "Connection: close\r\n", "A: b\r\n",
+	"Connection: x-named, keep-alive\r\n", "X-Named: 1\r\n", "Authorization: Bearer k\r\n", "X-Api-Key: k\r\n",
+	"X_Y: 1\r\n", "X-Forwarded-For: 1\r\n", "Expect: 100-continue\r\n", "TE: trailers\r\n", "Upgrade: websocket\r\n",
+	"Accept:\t*/*\r\n",
+};
+static const char *const SCRAPS[] = {
+	"GET ", "get ", "/", "%41", "%", "?q", "*", "http://", ":80", " HTTP/1.1\r\n", " HTTP/2.0\r\n", "\r\n", "\r\n\r\n",
+	"\n", "\r", " ", "\t", "Host: a\r\n", "Host: [::1]\r\n", "Content-Length: -1\r\n", "0", "A", ":", ",", "\x80",
+	"\x01", ";", "Transfer-Encoding: gzip\r\n", "Connection: ", "Expect: x\r\n",
+};
 static const char *const TARGETS[] = {"/", "/a", "/%41?q", "/a//b", "http://b", "http://b?q", "http://b:80/x", "*"};
 
 /* A head that is good at heart; half of them get a scrap somewhere, a few a strange byte. */
@@ -2157,7 +2207,8 @@ head_at_random(void)
 static void
 test_heads_at_random(void)
 {
-	/* Heads made at random have one verdict however they are cut, and those that are taken go on unchanged in meaning. */
+	/* Heads made at random have one verdict however they are cut, and those that are taken go on unchanged in
+	 * meaning. */
 	unsigned good = 0, bad = 0;
 	struct head h;
 
@@ -2435,12 +2486,13 @@ test_chunks_good(void)
 {
 	/* Good bodies end where they end, in any pieces, with the data that a simple decoder finds. */
 	static const char *const CASES[] = {
-		"0\r\n\r\n", "000\r\n\r\n", "000000000000000\r\n\r\n", "1\r\na\r\n0\r\n\r\n", "5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n",
-		"00005\r\nhello\r\n0\r\n\r\n", "A\r\n0123456789\r\n0\r\n\r\n", "a\r\n0123456789\r\n00\r\n\r\n",
-		"1F\r\n0123456789012345678901234567890\r\n0\r\n\r\n", "2\r\n\r\n\r\n2\r\n\r\n\r\n0\r\n\r\n", "5\r\n0\r\n\r\n\r\n0\r\n\r\n",
-		"1;a\r\nx\r\n0;b\r\n\r\n", "1;a=b\r\nx\r\n0\r\n\r\n", "1;a=\"b\"\r\nx\r\n0\r\n\r\n", "1;a=\"\"\r\nx\r\n0\r\n\r\n",
-		"1;a=\"\\\"\\\\;\t =\"\r\nx\r\n0\r\n\r\n", "1;a;b=c;d=\"e\";f\r\nx\r\n0;a=b\r\n\r\n",
-		"0\r\nA: b\r\n\r\n", "0\r\nA:\r\nB:  c \r\nContent-Length: 5\r\n\r\n", "1\r\nx\r\n0\r\nAuthorization: y\r\n\r\n",
+		"0\r\n\r\n", "000\r\n\r\n", "000000000000000\r\n\r\n", "1\r\na\r\n0\r\n\r\n",
+		"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n", "00005\r\nhello\r\n0\r\n\r\n", "A\r\n0123456789\r\n0\r\n\r\n",
+		"a\r\n0123456789\r\n00\r\n\r\n", "1F\r\n0123456789012345678901234567890\r\n0\r\n\r\n",
+		"2\r\n\r\n\r\n2\r\n\r\n\r\n0\r\n\r\n", "5\r\n0\r\n\r\n\r\n0\r\n\r\n", "1;a\r\nx\r\n0;b\r\n\r\n",
+		"1;a=b\r\nx\r\n0\r\n\r\n", "1;a=\"b\"\r\nx\r\n0\r\n\r\n", "1;a=\"\"\r\nx\r\n0\r\n\r\n",
+		"1;a=\"\\\"\\\\;\t =\"\r\nx\r\n0\r\n\r\n", "1;a;b=c;d=\"e\";f\r\nx\r\n0;a=b\r\n\r\n", "0\r\nA: b\r\n\r\n",
+		"0\r\nA:\r\nB:  c \r\nContent-Length: 5\r\n\r\n", "1\r\nx\r\n0\r\nAuthorization: y\r\n\r\n",
 		"0\r\n\r\nGET / HTTP/1.1\r\n\r\n", "1\r\nx\r\n0\r\nA: b\r\n\r\n0\r\n\r\n",
 	};
 
@@ -2453,14 +2505,15 @@ test_chunks_bad(void)
 {
 	/* Broken framing is noticed, in any pieces; what came before it is never taken for a whole body. [r19] */
 	static const char *const CASES[] = {
-		"\r\n", "\n\r\n", "\r\n0\r\n\r\n", "\n0\r\n\r\n", "g\r\n", " 1\r\nx\r\n", "1 \r\nx\r\n", "\t1\r\n", "+1\r\n", "-1\r\n", "-2\r\n", "0x1\r\n",
-		"1_0\r\n", "1.\r\n", "1\nx\r\n", "1\rx\r\n", "1\r\r\nx", "0000000000000000\r\n", "1000000000000000\r\n", "ffffffffffffffff0\r\n",
-		"18446744073709551616\r\n",
-		"1\r\nxy\r\n", "1\r\nx\n", "1\r\nx\r\r", "1\r\nx0\r\n", "1\r\nx\r0\r\n", "2\r\nx\r\n0\r\n\r\n", "1\r\nx\r\n\r\n", "1\r\nx\r\n\n",
-		"1;\r\n", "1; a\r\n", "1 ;a\r\n", "1;a \r\n", "1;a =b\r\n", "1;a= b\r\n", "1;a=\r\n", "1;=b\r\n", "1;;a\r\n", "1;a=b=c\r\n", "1;a,b\r\n",
-		"1;a\n", "1;a\rb\r\n", "1;a=\"b\r\n", "1;a=\"b\"c\r\n", "1;a=\"b\\\r\n", "1;a=\"\x01\"\r\n", "1;a=\"b\"=c\r\n", "1;\"a\"\r\n",
-		"0\n", "0\r\n\n", "0\r\n\rx", "0\r\nA\r\n", "0\r\n: b\r\n", "0\r\nA : b\r\n", "0\r\n A: b\r\n", "0\r\nA: b\n", "0\r\nA: b\r\r\n",
-		"0\r\nA: \x01\r\n", "0\r\nA: b\r\n c\r\n", "0\r\nA: b\r\n\n",
+		"\r\n", "\n\r\n", "\r\n0\r\n\r\n", "\n0\r\n\r\n", "g\r\n", " 1\r\nx\r\n", "1 \r\nx\r\n", "\t1\r\n", "+1\r\n",
+		"-1\r\n", "-2\r\n", "0x1\r\n", "1_0\r\n", "1.\r\n", "1\nx\r\n", "1\rx\r\n", "1\r\r\nx", "0000000000000000\r\n",
+		"1000000000000000\r\n", "ffffffffffffffff0\r\n", "18446744073709551616\r\n", "1\r\nxy\r\n", "1\r\nxx\r\n", "1\r\nx\rx", "1\r\nx\n",
+		"1\r\nx\r\r", "1\r\nx0\r\n", "1\r\nx\r0\r\n", "2\r\nx\r\n0\r\n\r\n", "1\r\nx\r\n\r\n", "1\r\nx\r\n\n",
+		"1;\r\n", "1; a\r\n", "1 ;a\r\n", "1;a \r\n", "1;a =b\r\n", "1;a= b\r\n", "1;a=\r\n", "1;=b\r\n", "1;;a\r\n",
+		"1;a=b=c\r\n", "1;a,b\r\n", "1;a\n", "1;a\rb\r\n", "1;a=\"b\r\n", "1;a=\"b\"c\r\n", "1;a=\"b\\\r\n",
+		"1;a=\"\x01\"\r\n", "1;a=\"b\"=c\r\n", "1;\"a\"\r\n", "0\n", "0\r\n\n", "0\r\n\rx", "0\r\nA\r\n",
+		"0\r\n: b\r\n", "0\r\nA : b\r\n", "0\r\n A: b\r\n", "0\r\nA: b\n", "0\r\nA: b\r\r\n", "0\r\nA: \x01\r\n",
+		"0\r\nA: b\r\n c\r\n", "0\r\nA: b\r\n\n",
 	};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++)
@@ -2471,15 +2524,18 @@ static void
 test_chunks_incomplete(void)
 {
 	/* A body that stops anywhere is neither whole nor bad. */
-	static const char *const CASES[] = {"1", "1\r", "1\r\n", "5\r\nhel", "1\r\nx", "1\r\nx\r", "1\r\nx\r\n", "1\r\nx\r\n0", "0\r\n", "0\r\n\r",
-	    "0\r\nA", "0\r\nA:", "0\r\nA: b\r", "0\r\nA: b\r\n", "1;", "1;a", "1;a=", "1;a=\"", "1;a=\"\\", "1;a=\"b\"", "fffffffffffffff\r\nx"};
+	static const char *const CASES[] = {
+		"1", "1\r", "1\r\n", "5\r\nhel", "1\r\nx", "1\r\nx\r", "1\r\nx\r\n", "1\r\nx\r\n0", "0\r\n", "0\r\n\r",
+		"0\r\nA", "0\r\nA:", "0\r\nA: b\r", "0\r\nA: b\r\n", "1;", "1;a", "1;a=", "1;a=\"", "1;a=\"\\", "1;a=\"b\"",
+		"fffffffffffffff\r\nx",
+	};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++)
 		CHECK_OF(CASES[i], chunks_judge(slice_of(CASES[i])) == ENDS_MORE);
 }
 
-/* A chunked body with `chunks` chunks of one byte, each with `extension` bytes from the `;` on, and `trailer` bytes behind
- * the last chunk's line. */
+/* A chunked body of `chunks` bytes in as many chunks, each with `extension` bytes from the `;` on, and with `trailer`
+ * bytes behind the last chunk's line. */
 static int
 chunks_sized(size_t chunks, size_t extension, size_t trailer)
 {
@@ -2505,6 +2561,7 @@ test_chunks_limits(void)
 	CHECK(chunks_sized(16, CHUNK_EXT_MAX, 6) == ENDS_WHOLE);
 	CHECK(chunks_sized(17, CHUNK_EXT_MAX, 6) == ENDS_BAD);
 	CHECK(chunks_sized(16, CHUNK_EXT_MAX + 1, 6) == ENDS_BAD);
+	CHECK(17 * 241 == CHUNK_EXT_BODY_MAX + 1 && chunks_sized(17, 241, 6) == ENDS_BAD);
 	CHECK(chunks_sized(0, 0, TRAILER_MAX) == ENDS_WHOLE);
 	CHECK(chunks_sized(0, 0, TRAILER_MAX + 1) == ENDS_BAD);
 }
@@ -2601,7 +2658,8 @@ test_body_end(void)
 	static const struct { struct body body; bool whole; } CASES[] = {
 		{{.kind = BODY_CLOSE, .form = FORM_PLAIN}, true}, {{.kind = BODY_CLOSE, .form = FORM_CHUNKED}, true},
 		{{.kind = BODY_LENGTH, .left = 1}, false}, {{.kind = BODY_CHUNKED}, false},
-		{{.kind = BODY_CHUNKED, .form = FORM_PLAIN, .state = K_TRAILER_FIRST}, false}, {{.kind = BODY_NONE, .done = true}, true},
+		{{.kind = BODY_CHUNKED, .form = FORM_PLAIN, .state = K_TRAILER_FIRST}, false},
+		{{.kind = BODY_NONE, .done = true}, true},
 	};
 	struct slice tail;
 
@@ -2643,25 +2701,29 @@ test_answers_parsed(void)
 {
 	/* Response heads that are taken, and those that are not: all of the latter are 502, in any pieces. [r23, r25] */
 	const struct slice GOOD[] = {
-		S("HTTP/1.1 200 OK\r\n\r\n"), S("HTTP/1.0 200 OK\r\nA: b\r\n\r\n"), S("HTTP/1.1 200 \r\n\r\n"), S("HTTP/1.1 200\r\n\r\n"),
-		S("HTTP/1.1 999 \xc3\xa4\t!\r\n\r\n"), S("HTTP/1.1 100 Continue\r\n\r\n"), S("HTTP/1.1 200 OK\r\nServer:\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\n\r\n"), S("HTTP/1.0 200 OK\r\nA: b\r\n\r\n"), S("HTTP/1.1 200 \r\n\r\n"),
+		S("HTTP/1.1 200\r\n\r\n"), S("HTTP/1.1 999 \xc3\xa4\t!\r\n\r\n"), S("HTTP/1.1 100 Continue\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\nServer:\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n"),
-		S("HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"), S("HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nSet-Cookie: b\r\n\r\n"),
 	};
 	const struct slice BAD[] = {
-		S("HTTP/2.0 200 OK\r\n\r\n"), S("HTTP/1.2 200 OK\r\n\r\n"), S("ICY 200 OK\r\n\r\n"), S("\r\nHTTP/1.1 200 OK\r\n\r\n"),
-		S("HTTP/1.1  200 OK\r\n\r\n"), S("HTTP/1.1 20 OK\r\n\r\n"), S("HTTP/1.1 2000 OK\r\n\r\n"), S("HTTP/1.1 099 OK\r\n\r\n"),
-		S("HTTP/1.1 200OK\r\n\r\n"), S("HTTP/1.1\r\n\r\n\r\n"), S("HTTP/1.1 200 OK\n\n"), S("HTTP/1.1 200 \x01\r\n\r\n"),
-		S("HTTP/1.1 200 OK\r\n A: b\r\n\r\n"), S("HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n"), S("HTTP/1.1 200 OK\r\nA : b\r\n\r\n"),
-		S("HTTP/1.1 200 OK\r\n: b\r\n\r\n"), S("HTTP/1.1 200 OK\r\nA: \0\r\n\r\n"), S("HTTP/1.1 200 OK\r\nA\r\n\r\n"),
+		S("HTTP/2.0 200 OK\r\n\r\n"), S("HTTP/1.2 200 OK\r\n\r\n"), S("ICY 200 OK\r\n\r\n"),
+		S("\r\nHTTP/1.1 200 OK\r\n\r\n"), S("HTTP/1.1  200 OK\r\n\r\n"), S("HTTP/1.1 20 OK\r\n\r\n"),
+		S("HTTP/1.1 2000 OK\r\n\r\n"), S("HTTP/1.1 099 OK\r\n\r\n"), S("HTTP/1.1 200OK\r\n\r\n"),
+		S("HTTP/1.1\r\n\r\n\r\n"), S("HTTP/1.1 200 OK\n\n"), S("HTTP/1.1 200 \x01\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\n A: b\r\n\r\n"), S("HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\nA : b\r\n\r\n"), S("HTTP/1.1 200 OK\r\n: b\r\n\r\n"),
+		S("HTTP/1.1 200 OK\r\nA: \0\r\n\r\n"), S("HTTP/1.1 200 OK\r\nA\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 05\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\n\r\n"), S("HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nContent-Length: 1000000000000000000\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n"),
 		S("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"),
-		S("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"), S("HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
-		S("{\"error\":\"x\"}\r\n\r\n"), S("<html>"),
+		S("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
+		S("HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), S("{\"error\":\"x\"}\r\n\r\n"), S("<html>"),
 	};
 	struct head h;
 
@@ -2780,10 +2842,11 @@ test_answers_rewritten(void)
 	/* Interim answers, upgrades and answers without a reason go on as they should. [r23, r24, r29] */
 	CHECK(answer_rewritten_is(S("HTTP/1.1 100 Continue\r\nContent-Length: 3\r\nX-Request-Id: x\r\nLink: y\r\n\r\n"), "",
 	    "HTTP/1.1 100 Continue\r\nLink: y\r\n\r\n"));
-	CHECK(answer_rewritten_is(S("HTTP/1.1 101 Switching\r\nUpgrade: WebSocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: k\r\n\r\n"),
-	    "upgrade", "HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: k\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+	CHECK(answer_rewritten_is(S("HTTP/1.1 101 Go\r\nUpgrade: WebSocket\r\nConnection: upgrade\r\nSec-X: k\r\n\r\n"),
+	    "upgrade", "HTTP/1.1 101 Go\r\nSec-X: k\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
 	    "X-Request-Id: id\r\n\r\n"));
-	CHECK(answer_rewritten_is(S("HTTP/1.0 200\r\nDate: d\r\nServer: s\r\nX-Request-Id: x\r\nContent-Length: 1\r\n\r\n"), "close",
+	CHECK(answer_rewritten_is(S("HTTP/1.0 200\r\nDate: d\r\nServer: s\r\nX-Request-Id: x\r\nContent-Length: 1\r\n\r\n"),
+	    "close",
 	    "HTTP/1.1 200 \r\nDate: d\r\nServer: s\r\nContent-Length: 1\r\nConnection: close\r\nX-Request-Id: id\r\n\r\n"));
 }
 
@@ -2791,8 +2854,10 @@ static void
 test_answers_drop_hop_by_hop(void)
 {
 	/* Hop-by-hop and Connection-named fields of a response do not go on. [r29, RFC 9110 7.6.1] */
-	static const char *const NAMES[] = {"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Connection", "Trailer", "Upgrade",
-	    "TE", "HTTP2-Settings", "named"};
+	static const char *const NAMES[] = {
+		"Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Connection", "Trailer", "Upgrade", "TE",
+		"HTTP2-Settings", "named",
+	};
 
 	for (size_t i = 0; i < LENGTH(NAMES); i++) {
 		struct out text = out_new(), o = out_new();
@@ -2802,7 +2867,8 @@ test_answers_drop_hop_by_hop(void)
 		out_text(&text, ": evil\r\nContent-Length: 3\r\nX-Forwarded-For: kept\r\nA_b: kept\r\n\r\n");
 		answer_rewrite(answer_of(out_so_far(&text)), &b, 1, S(""), S("id"), &o);
 		CHECK_OF(NAMES[i], !slice_holds(out_so_far(&o), "evil"));
-		CHECK_OF(NAMES[i], slice_holds(out_so_far(&o), "\r\nFirst: 1\r\nX-Forwarded-For: kept\r\nA_b: kept\r\nContent-Length: 3\r\n"));
+		CHECK_OF(NAMES[i], slice_holds(out_so_far(&o),
+		    "\r\nFirst: 1\r\nX-Forwarded-For: kept\r\nA_b: kept\r\nContent-Length: 3\r\n"));
 	}
 }
 
@@ -2852,12 +2918,14 @@ static void
 test_errors_are_json(void)
 {
 	/* Every refusal is JSON in each dialect, whatever its detail holds, and says in words and code why. */
-	static const char *const OPENINGS[] = {"{\"error\":{\"message\":\"", "{\"error\":\"", "{\"type\":\"error\",\"error\":{\"type\":\""};
+	static const char *const OPENINGS[] = {
+		"{\"error\":{\"message\":\"", "{\"error\":\"", "{\"type\":\"error\",\"error\":{\"type\":\"",
+	};
 	struct slice body;
 
 	for (enum reason reason = R_HEALTH + 1; reason < REASONS_COUNT; reason++)
-		for (enum dialect dialect = DIALECT_OPENAI; dialect <= DIALECT_ANTHROPIC && reason_is_answered(reason); dialect++)
-			for (int round = 0; round < 4; round++) {
+		for (enum dialect dialect = DIALECT_OPENAI; dialect <= DIALECT_ANTHROPIC; dialect++)
+			for (int round = 0; round < 4 && reason_is_answered(reason); round++) {
 				struct verdict v = {.reason = reason, .dialect = dialect, .id = S("id"), .detail = S("a \"b\\c\n\x1f"),
 				    .close = round & 1, .keep_alive = round & 2, .head_method = round == 3};
 				const struct head *h = answer_own_of(&v, &body);
@@ -2904,7 +2972,8 @@ test_errors_retry(void)
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
 		struct verdict v = {.reason = CASES[i].reason, .id = S("id"), .detail = S("d"), .retry_ms = CASES[i].ms};
 		const struct head *h = answer_own_of(&v, &body);
-		CHECK(answer_field_is(h, "Retry-After", CASES[i].after) && answer_field_is(h, "retry-after-ms", CASES[i].after_ms));
+		CHECK(answer_field_is(h, "Retry-After", CASES[i].after) &&
+		    answer_field_is(h, "retry-after-ms", CASES[i].after_ms));
 		CHECK(answer_field_is(h, "x-should-retry", CASES[i].should));
 	}
 }
@@ -2957,20 +3026,22 @@ test_dialects(void)
 static void
 test_credentials(void)
 {
-	/* Which key a request carries: Bearer, else X-Api-Key, else Api-Key, else Basic's password; empty ones are passed over. */
+	/* Which key a request carries: Bearer, else X-Api-Key, else Api-Key, else Basic's password; empty ones are
+	 * passed over. */
 	static const struct { const char *fields, *key; } CASES[] = {
-		{"", ""},
-		{"Authorization: Bearer k\r\n", "k"}, {"authorization: bEARER k\r\n", "k"}, {"Authorization: Bearer   k\r\n", "k"},
-		{"Authorization: Bearer\tk\r\n", ""}, {"Authorization: Bearer \tk\r\n", "\tk"}, {"Authorization: Bearer\r\n", ""},
+		{"", ""}, {"Authorization: Bearer k\r\n", "k"}, {"authorization: bEARER k\r\n", "k"},
+		{"Authorization: Bearer   k\r\n", "k"}, {"Authorization: Bearer\tk\r\n", ""},
+		{"Authorization: Bearer \tk\r\n", "\tk"}, {"Authorization: Bearer\r\n", ""},
 		{"Authorization: Bearer k x\r\n", "k x"}, {"Authorization: Bearerk\r\n", ""}, {"Authorization: k\r\n", ""},
-		{"Authorization: Digest k\r\n", ""}, {"Authorization:\r\n", ""},
-		{"X-Api-Key: x\r\n", "x"}, {"Api-Key: y\r\n", "y"}, {"X-Api-Key:\r\nApi-Key: y\r\n", "y"}, {"X-Api-Key: Bearer x\r\n", "Bearer x"},
+		{"Authorization: Digest k\r\n", ""}, {"Authorization:\r\n", ""}, {"X-Api-Key: x\r\n", "x"},
+		{"Api-Key: y\r\n", "y"}, {"X-Api-Key:\r\nApi-Key: y\r\n", "y"}, {"X-Api-Key: Bearer x\r\n", "Bearer x"},
 		{"Api-Key: y\r\nX-Api-Key: x\r\n", "x"}, {"X-Api-Key: x\r\nAuthorization: Bearer k\r\n", "k"},
 		{"X-Api-Key:\r\nAuthorization: Bearer k\r\n", "k"}, {"X-Api-Key: x\r\nAuthorization: Bearer\r\n", "x"},
 		{"X-Api-Key: x\r\nAuthorization: Basic dTpi\r\n", "x"}, {"Authorization: Basic dTpi\r\n", "b"},
-		{"Authorization: basic  dTpi\r\n", "b"}, {"Authorization: Basic OmJi\r\n", "bb"}, {"Authorization: Basic dTpiYmI=\r\n", "bbb"},
-		{"Authorization: Basic dTpiYmI\r\n", "bbb"}, {"Authorization: Basic dTpiYmJi\r\n", "bbbb"},
-		{"Authorization: Basic dTpiYg==\r\n", "bb"}, {"Authorization: Basic dTpiYg\r\n", "bb"}, {"Authorization: Basic dTpiOmM=\r\n", "b:c"},
+		{"Authorization: basic  dTpi\r\n", "b"}, {"Authorization: Basic OmJi\r\n", "bb"},
+		{"Authorization: Basic dTpiYmI=\r\n", "bbb"}, {"Authorization: Basic dTpiYmI\r\n", "bbb"},
+		{"Authorization: Basic dTpiYmJi\r\n", "bbbb"}, {"Authorization: Basic dTpiYg==\r\n", "bb"},
+		{"Authorization: Basic dTpiYg\r\n", "bb"}, {"Authorization: Basic dTpiOmM=\r\n", "b:c"},
 		{"Authorization: Basic dTo=\r\n", ""}, {"Authorization: Basic Og==\r\n", ""}, {"Authorization: Basic\r\n", ""},
 		{"Authorization: Basic Ojw/Pj8+fn4=\r\n", "<?>?>~~"}, {"Sec-X: k\r\nX_Api_Key: k\r\nX-Api-Keys: k\r\n", ""},
 	};
@@ -2995,7 +3066,8 @@ test_credentials_broken_base64(void)
 		out_text(&o, "GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Basic ");
 		out_text(&o, VALUES[i]);
 		out_text(&o, "\r\n\r\n");
-		CHECK_OF(VALUES[i], head_credential(head_of(out_so_far(&o))).n > 0);
+		struct slice key = head_credential(head_of(out_so_far(&o)));
+		CHECK_OF(VALUES[i], key.n > 0 && !slice_is(key, "b"));
 	}
 }
 
@@ -3044,6 +3116,16 @@ link_pair(int *other)
 	return l;
 }
 
+/* Did the other side end, or cut? */
+static bool
+fd_ended(int fd)
+{
+	char byte;
+	ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT);
+
+	return n == 0 || (n < 0 && errno == ECONNRESET);
+}
+
 static void
 test_link_read(void)
 {
@@ -3067,7 +3149,8 @@ test_link_read(void)
 static void
 test_link_write(void)
 {
-	/* A write that was cut short blocks the link until poll says otherwise; a closed receiver is a failure, not a signal. */
+	/* A write that was cut short blocks the link until poll says otherwise; a closed receiver is a failure, not
+	 * a signal. */
 	static char bytes[1 << 20];
 	int other;
 	struct link l = link_pair(&other);
@@ -3230,7 +3313,8 @@ test_pipe_built(void)
 		out_repeat(&o, "h", o.max);
 		CHECK(!o.full);
 		pipe_built(w, &p, &o);
-		CHECK(slice_is(pipe_raw(&p), "REST") && p.ready - p.start == o.n && p.mem[p.start] == 'h' && p.mem[p.ready - 1] == 'h');
+		CHECK(slice_is(pipe_raw(&p), "REST") && p.ready - p.start == o.n && p.mem[p.start] == 'h' &&
+		    p.mem[p.ready - 1] == 'h');
 		CHECK(p.raw - p.ready >= SLACK && p.end + TAIL <= BUF_SIZE && w->free_bufs == 8);
 		pipe_drop(w, &p);
 		CHECK(worker_is_idle(w));
@@ -3264,7 +3348,8 @@ test_pipe_blocked_chunk(void)
 static void
 test_pipe_move(void)
 {
-	/* However slow the receiver and however the bytes come, a pipe delivers them whole, in order, and asks for no more than it can hold. */
+	/* However slow the receiver and however the bytes come, a pipe delivers them whole, in order, and asks for
+	 * no more than it can hold. */
 	enum { BYTES = 300000 };
 	static char sent[BYTES];
 	static const enum body_form FORMS[] = {FORM_PLAIN, FORM_CHUNKED};
@@ -3458,7 +3543,7 @@ test_conn_serves(void)
 	}
 	close(r.client);
 	rig_run(&r);
-	CHECK(worker_is_idle(r.w) && recv(r.upstream, (char[1]){0}, 1, 0) == 0);
+	CHECK(worker_is_idle(r.w) && fd_ended(r.upstream));
 }
 
 static void
@@ -3481,7 +3566,8 @@ test_conn_byte_by_byte(void)
 		rig_send(&r, r.upstream, (struct slice){answer.p + i, 1});
 		out_slice(&got, rig_receive(&r, r.client, NULL));
 	}
-	CHECK(slice_holds(out_so_far(&got), "\r\n\r\n4\r\ndefg\r\n0\r\n\r\n") && r.c->state == S_IDLE && r.w->free_bufs == 8);
+	CHECK(slice_holds(out_so_far(&got), "\r\n\r\n4\r\ndefg\r\n0\r\n\r\n") && r.c->state == S_IDLE &&
+	    r.w->free_bufs == 8);
 }
 
 static void
@@ -3490,7 +3576,8 @@ test_conn_pipelined(void)
 	/* Pipelined requests are judged one by one and answered in order. [r22] */
 	struct rig r = rig_new();
 
-	rig_send(&r, r.client, S("GET /1 HTTP/1.1\r\n" ALICE "\r\nGET /2 HTTP/1.1\r\nHost: a\r\n\r\nGET /3 HTTP/1.1\r\n" ALICE "\r\n"));
+	rig_send(&r, r.client, S("GET /1 HTTP/1.1\r\n" ALICE "\r\nGET /2 HTTP/1.1\r\nHost: a\r\n\r\nGET /3 HTTP/1.1\r\n"
+	    ALICE "\r\n"));
 	CHECK(slice_starts_like(rig_upstream(&r), S("GET /1 ")));
 	rig_send(&r, r.upstream, S("HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1"));
 	CHECK(slice_starts_like(rig_upstream(&r), S("GET /3 ")));
@@ -3598,10 +3685,14 @@ test_conn_broken_body_closes(void)
 	refusal_closes(S(CHUNKED "x\r\n0\r\n\r\n" SMUGGLED), "HTTP/1.1 400 ");
 	refusal_closes(S(CHUNKED "1\r\nxy\r\n0\r\n\r\n" SMUGGLED), "HTTP/1.1 400 ");
 	refusal_closes(S(CHUNKED "0\r\n\n" SMUGGLED), "HTTP/1.1 400 ");
-	refusal_closes(S("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n\n\r\n" SMUGGLED), "HTTP/1.1 401 ");
+	refusal_closes(S("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n\n\r\n" SMUGGLED),
+	    "HTTP/1.1 401 ");
 	refusal_closes(S("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n" SMUGGLED), "HTTP/1.1 401 ");
-	refusal_closes(S("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"), "HTTP/1.1 401 ");
+	refusal_closes(S("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"),
+	    "HTTP/1.1 401 ");
 	refusal_closes(S("BREW / HTTP/1.1\r\nHost: a b\r\n\r\n" SMUGGLED), "HTTP/1.1 400 ");
+	refusal_closes(S("BREW / HTTP/1.1\r\n" ALICE "Content-Length: 1\r\n\r\nx" SMUGGLED), "HTTP/1.1 501 ");
+	refusal_closes(S("POST /?? HTTP/1.1\r\n" ALICE "Content-Length: 1\r\n\r\nx" SMUGGLED), "HTTP/1.1 400 ");
 }
 
 static void
@@ -3613,7 +3704,8 @@ test_conn_refused_body_swallowed(void)
 		char text[512];
 		size_t n = strlen(SMUGGLED);
 		if (chunked)
-			snprintf(text, sizeof text, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%zx\r\n%s\r\n0\r\n\r\n%s",
+			snprintf(text, sizeof text,
+			    "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%zx\r\n%s\r\n0\r\n\r\n%s",
 			    n, SMUGGLED, "GET /next HTTP/1.1\r\n" ALICE "\r\n");
 		else
 			snprintf(text, sizeof text, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %zu\r\n\r\n%s%s", n, SMUGGLED,
@@ -3642,7 +3734,8 @@ test_conn_slow_reader(void)
 	CHECK(rig_upstream(&r).n > 0);
 	rig_send(&r, r.upstream, S("HTTP/1.0 200 OK\r\n\r\n"));
 	for (int turn = 0; turn < 100000 && r.c->state != S_IDLE; turn++) {
-		n = at < BYTES ? send(r.upstream, sent + at, BYTES - at < 70001 ? BYTES - at : 70001, MSG_NOSIGNAL | MSG_DONTWAIT) : -1;
+		n = at < BYTES ? send(r.upstream, sent + at, BYTES - at < 70001 ? BYTES - at : 70001,
+		    MSG_NOSIGNAL | MSG_DONTWAIT) : -1;
 		at += n > 0 ? (size_t)n : 0;
 		if (at == BYTES)
 			shutdown(r.upstream, SHUT_WR);
@@ -3654,7 +3747,8 @@ test_conn_slow_reader(void)
 	CHECK(r.c->state == S_IDLE);
 	read_available(r.client, &got);
 	const char *body = memmem(got.p, got.n, "\r\n\r\n", 4);
-	CHECK(body != NULL && chunks_hold((struct slice){body + 4, (size_t)(got.p + got.n - body - 4)}, (struct slice){sent, BYTES}));
+	if (CHECK(body != NULL))
+		CHECK(chunks_hold(slice_from(out_so_far(&got), (size_t)(body + 4 - got.p)), (struct slice){sent, BYTES}));
 }
 
 static void
@@ -3714,7 +3808,9 @@ static void
 test_conn_client_goes(void)
 {
 	/* When the client goes away the upstream connection is closed at once, in whatever state. */
-	static const char *const SENT[] = {NULL, "HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi"};
+	static const char *const SENT[] = {
+		NULL, "HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi",
+	};
 
 	for (size_t i = 0; i < LENGTH(SENT); i++) {
 		struct rig r = rig_new();
@@ -3725,7 +3821,7 @@ test_conn_client_goes(void)
 		close(r.client);
 		rig_run(&r);
 		CHECK(worker_is_idle(r.w) && slice_holds(rig_log(&r), " status=499 reason=client_closed "));
-		CHECK(recv(r.upstream, (char[1]){0}, 1, 0) == 0);
+		CHECK(fd_ended(r.upstream));
 		close(r.listener);
 	}
 }
@@ -3793,7 +3889,8 @@ static void
 test_conn_late_streams(void)
 {
 	/* A stream that stands still is cut, and the log tells whose silence it was. */
-	static const struct { size_t bytes; const char *reason; } CASES[] = {{5, " reason=idle "}, {900000, " reason=client_stalled "}};
+	static const struct { size_t bytes; const char *reason; } CASES[] = {{5, " reason=idle "},
+	    {900000, " reason=client_stalled "}};
 	static char bytes[900000];
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
@@ -3809,7 +3906,7 @@ test_conn_late_streams(void)
 		CHECK(r.c->state == S_RELAY);
 		rig_wait(&r);
 		CHECK(worker_is_idle(r.w) && slice_holds(rig_log(&r), CASES[i].reason));
-		CHECK(recv(r.upstream, (char[1]){0}, 1, 0) == 0);
+		CHECK(fd_ended(r.upstream));
 		close(r.listener);
 	}
 }
@@ -3896,17 +3993,24 @@ static void
 test_conn_random_cuts(void)
 {
 	/* Whatever the client sends and however it is cut, the worker gets back all that it lent. */
-	static const char *const PARTS[] = {CHUNKED, "0\r\n\r\n", "5\r\nhello\r\n", "x", "\r\n", "\n\r\n", SMUGGLED, "GET / HTTP/1.1\r\n" ALICE "\r\n",
-	    "POST / HTTP/1.1\r\n" ALICE "Content-Length: 5\r\n\r\nhello", "GET / HTTP/1.1\r\nHost: a\r\n\r\n", "HEAD / HTTP/1.0\r\n" ALICE "\r\n"};
-	static const char *const ANSWERS[] = {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 200 OK\r\n\r\nhi", "HTTP/1.1 204 No\r\n\r\n",
-	    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", "garbage\r\n", "HTTP/1.1 100 Go\r\n\r\n", "x"};
+	static const char *const PARTS[] = {
+		CHUNKED, "0\r\n\r\n", "5\r\nhello\r\n", "x", "\r\n", "\n\r\n", SMUGGLED, "GET / HTTP/1.1\r\n" ALICE "\r\n",
+		"POST / HTTP/1.1\r\n" ALICE "Content-Length: 5\r\n\r\nhello", "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+		"HEAD / HTTP/1.0\r\n" ALICE "\r\n",
+	};
+	static const char *const ANSWERS[] = {
+		"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 200 OK\r\n\r\nhi", "HTTP/1.1 204 No\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", "garbage\r\n",
+		"HTTP/1.1 100 Go\r\n\r\n", "x",
+	};
 	struct rig r = rig_new();
 
 	for (int round = 0; round < 600; round++) {
 		if (round > 0)
 			rig_connect(&r);
 		for (size_t part = random_below(6); part > 0; part--) {
-			struct slice s = slice_of(PARTS[random_below(LENGTH(PARTS))]), a = slice_of(ANSWERS[random_below(LENGTH(ANSWERS))]);
+			struct slice s = slice_of(PARTS[random_below(LENGTH(PARTS))]),
+			    a = slice_of(ANSWERS[random_below(LENGTH(ANSWERS))]);
 			size_t cut = random_below(s.n + 1);
 			send(r.client, s.p, cut, MSG_NOSIGNAL);
 			rig_run(&r);
@@ -3948,8 +4052,8 @@ test_worker_makes_room(void)
 	CHECK(r.w->used == 4 && r.w->free_conn == NULL);
 	CHECK(rig_receive(&r, idle[0], NULL).n > 0);
 	for (int i = 1; i <= 3; i++)         /* the first was served last */
-		CHECK(worker_make_room(r.w) && recv(idle[i % 3], (char[1]){0}, 1, 0) == 0);
-	CHECK(r.w->used == 1 && !worker_make_room(r.w) && recv(busy, (char[1]){0}, 1, 0) == -1);
+		CHECK(worker_make_room(r.w) && fd_ended(idle[i % 3]));
+	CHECK(r.w->used == 1 && !worker_make_room(r.w) && !fd_ended(busy));
 }
 
 static void
@@ -4132,7 +4236,8 @@ test_supervisor_looks(void)
 {
 	/* Any change of the keys file shows: its time, size, inode, device, or its absence. */
 	const struct keys_look look = {1, 2, 3, 4, true};
-	struct keys_look other[] = {{9, 2, 3, 4, true}, {1, 9, 3, 4, true}, {1, 2, 9, 4, true}, {1, 2, 3, 9, true}, {1, 2, 3, 4, false}};
+	struct keys_look other[] = {{9, 2, 3, 4, true}, {1, 9, 3, 4, true}, {1, 2, 9, 4, true}, {1, 2, 3, 9, true},
+	    {1, 2, 3, 4, false}};
 
 	CHECK(look_equal(&look, &look));
 	for (size_t i = 0; i < LENGTH(other); i++)
@@ -4155,8 +4260,10 @@ test_supervisor_hands_over(void)
 	old->child[5] = (struct child){.pid = 12, .control = 101, .slot = 0};
 	CHECK(upgrade_environment(old) && text_is(getenv("LISTEN_FDS"), "2"));
 	supervisor_inherit(new);
-	CHECK(new->bound && new->keys_fd == old->keys_fd && new->table_fd == old->table_fd && new->keys_size == old->keys_size);
-	CHECK(new->keys->salt == old->keys->salt && table_address_id(new->table, &peer) == table_address_id(old->table, &peer));
+	CHECK(new->bound && new->keys_fd == old->keys_fd && new->table_fd == old->table_fd &&
+	    new->keys_size == old->keys_size);
+	CHECK(new->keys->salt == old->keys->salt);
+	CHECK(table_address_id(new->table, &peer) == table_address_id(old->table, &peer));
 	CHECK(new->child[0].pid == 11 && new->child[0].control == 100 && new->child[0].slot == 1);
 	CHECK(new->child[1].pid == 12 && new->child[1].control == 101 && new->child[1].slot == 0 && new->child[2].pid == 0);
 	CHECK(new->child[0].row == table_row(new->table, 2) && new->child[1].row == NULL);
@@ -4193,9 +4300,10 @@ test_worker_stale_keys(void)
 static void
 test_worker_partly_stale_keys(void)
 {
-	/* Workers of an outgrown key table know the new keys as far as they fit there: a revoked one is refused, and one that is
-	 * not found is sent to a new connection. */
-	static const struct { const char *secret, *status; } CASES[] = {{"secret", "HTTP/1.1 503 "}, {"new", "HTTP/1.1 401 "}};
+	/* Workers of an outgrown key table know the new keys as far as they fit there: a revoked one is refused, and
+	 * one that is not found is sent to a new connection. */
+	static const struct { const char *secret, *status; } CASES[] = {{"secret", "HTTP/1.1 503 "},
+	    {"new", "HTTP/1.1 401 "}};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
 		struct rig r = rig_new();
@@ -4211,7 +4319,8 @@ test_worker_partly_stale_keys(void)
 static void
 test_secret_make(void)
 {
-	/* A new secret is sk- and 43 characters that are safe in a header, never twice the same, and its hash is its own. */
+	/* A new secret is sk- and 43 characters that are safe in a header, never twice the same, and its hash is
+	 * its own. */
 	char secret[SECRET_TEXT], hashed[HASHED_TEXT], before[SECRET_TEXT] = "";
 	unsigned char digest[2][32];
 	struct mistake m;

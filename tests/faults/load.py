@@ -172,6 +172,7 @@ class Mixed:
             thread.join(max(0.0, end - time.monotonic()))
         if any(thread.is_alive() for thread in self.threads):
             self.note("problems", f"not through after {timeout} s")
+            self.stopping.set()
         return self.problems
 
     def stop(self, timeout=20):

@@ -29,6 +29,8 @@ run(struct body b, struct slice in, unsigned cut)
 		if (used >= 0) {
 			MUST(out >= block && out + out_n <= block + SLACK + part.n + TAIL);
 			MUST((size_t)used == part.n || r.body.done);
+			MUST(b.form == FORM_CHUNKED || out + out_n <= block + SLACK + used);
+			MUST(memcmp(block + SLACK + used, part.p + used, part.n - (size_t)used) == 0);   /* the next request */
 			text_add(&r.out, out, out_n);
 			r.used += (size_t)used;
 		}

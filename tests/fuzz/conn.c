@@ -67,7 +67,7 @@ static struct world {
 	uint64_t now_ns;
 	size_t client_takes, upstream_takes;
 	int accepts, connects;       /* fd that waits to be accepted; how the next connect ends */
-	int ready;                   /* descriptors that the last poll named */
+	int ready;                   /* connections' events in this turn */
 	uint64_t moved;              /* bytes that went anywhere, connections that began or ended */
 	int spins;
 } world;
@@ -92,13 +92,13 @@ world_accept(void)
 static int
 client_of(const struct conn *c)
 {
-	for (size_t i = 0; i < world.clients; i++)
+	for (size_t i = world.clients; i-- > 0;)     /* a number may serve again: the newest counts */
 		if (world.client[i].theirs == c->client.fd)
 			return (int)i;
 	return -1;
 }
 
-/* The connection that is about to connect is the one in S_CONNECT's door: it has a request and no upstream. */
+/* Whose connection it is, shows after the turn: check_owners(). */
 static int
 world_socket(void)
 {
@@ -125,22 +125,23 @@ world_connect(void)
 static size_t *
 world_takes(int fd)
 {
-	for (size_t i = 0; i < world.clients; i++)
-		if (world.client[i].theirs == fd)
-			return &world.client_takes;
-	return &world.upstream_takes;
+	for (size_t i = 0; i < CONNS; i++)
+		if (worker.conns[i].state != S_FREE && worker.conns[i].upstream.fd == fd)
+			return &world.upstream_takes;
+	return &world.client_takes;
 }
 
 static ssize_t
 world_send(int fd, const void *p, size_t n)
 {
 	size_t *takes = world_takes(fd);
+	struct pollfd gone = {fd, 0, 0};
 
-	if (*takes == 0) {
+	if (*takes == 0 && poll(&gone, 1, 0) == 0) {
 		errno = EAGAIN;
 		return -1;
 	}
-	ssize_t done = send(fd, p, n < *takes ? n : *takes, MSG_NOSIGNAL);
+	ssize_t done = send(fd, p, n < *takes || *takes == 0 ? n : *takes, MSG_NOSIGNAL);
 	if (done > 0 && *takes != SIZE_MAX)
 		*takes -= (size_t)done;
 	world.moved += done > 0 ? (uint64_t)done : 0;
@@ -157,8 +158,8 @@ world_poll(struct pollfd *set, nfds_t n)
 		if (set[i].fd >= 0 && *world_takes(set[i].fd) == 0)
 			set[i].revents &= (short)~POLLOUT;
 		ready += set[i].revents != 0;
+		world.ready += set[i].revents != 0 && set[i].fd != worker.epoll;
 	}
-	world.ready = ready;
 	return ready;
 }
 
@@ -175,6 +176,7 @@ world_epoll_wait(int fd, struct epoll_event *events, int max)
 		if (events[i].events != 0)
 			events[kept++] = events[i];
 	}
+	world.ready += kept;
 	return kept;
 }
 
@@ -214,7 +216,7 @@ check_conn(const struct conn *c)
 	MUST(!pipe_on_scratch(&worker, &c->req) && !pipe_on_scratch(&worker, &c->resp));
 	conn_interest(c, &client, &upstream);
 	MUST(client != 0 || (upstream != 0 && c->upstream.fd >= 0));
-	if (c->parked)
+	if (c->parked && !c->queued)
 		MUST((client & ~c->client.watched) == 0 && (c->upstream.fd < 0 || (upstream & ~c->upstream.watched) == 0));
 	for (int i = 0; i < 2; i++) {
 		const struct pipe *p = i == 0 ? &c->req : &c->resp;
