@@ -315,13 +315,14 @@ clock_wall_ms(void)
 __attribute__((noreturn, format(printf, 2, 3))) static void
 die(int status, const char *format, ...)
 {
+	char line[2048] = "tinyauth: ";
+	size_t n = strlen(line);
 	va_list rest;
 
-	fputs("tinyauth: ", stderr);
 	va_start(rest, format);
-	vfprintf(stderr, format, rest);
+	vsnprintf(line + n, sizeof line - n - 1, format, rest);
 	va_end(rest);
-	fputc('\n', stderr);
+	fputs(strcat(line, "\n"), stderr);   /* in one write: others write there, too */
 	exit(status);
 }
 
