@@ -28,21 +28,26 @@
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
  * sender. An idle connection, and a stream whose client keeps up, hold none. The shared mappings are one key table (40
- * bytes, a name and 8 index bytes a key, twice) and 512 KB of address rates, touched where used.
+ * bytes, a name and 8 index bytes a key, twice), 512 KB of address rates and 8 bytes a connection, touched where used.
  *
  * What is tried against us, and what meets it:
  *
- *   requests that two parsers read differently     refused at the first byte that shows it, never repaired: HTTP
- *   smuggling through a framing disagreement       heads and chunk lines are written anew; an upstream connection serves
- *                                                  one client connection only
- *   guessing keys                                  --ip-rate before any look at a key; digests compared in constant time
- *   slow heads, slow bodies, slow readers          a deadline for every state: STATES
- *   huge heads, many fields, long chunk extensions  HEAD_MAX, FIELDS_MAX, CHUNK_EXT_MAX, TRAILER_MAX
- *   floods of connections                          the oldest one without an authenticated request gives way
- *   descriptors that run out                       accepting pauses for ACCEPT_PAUSE_MS
- *   a log that nobody reads                        lines wait, then are dropped and counted; nothing blocks
- *   an upstream that sends garbage or never ends   ANSWER_HEAD_MAX, INTERIM_MAX, 502; backpressure
- *   headers that claim another client              all X-Forwarded-* and their like are dropped and set anew
+ *   requests that two parsers read differently      refused at the first byte that shows it, never repaired: HTTP
+ *   smuggling through a framing disagreement        heads and chunk lines are written anew; an upstream connection serves
+ *                                                   one client connection only
+ *   a body behind a head that the server refuses    head_unsafe, head_hides_body
+ *   guessing keys                                   --ip-rate before any look at a key; digests compared in constant time
+ *   slow heads, slow readers, idle connections      a deadline for every state: STATES
+ *   slow bodies                                     STRETCH_BYTES in STRETCH_MS
+ *   huge heads, many fields                         HEAD_MAX, TARGET_MAX, FIELDS_MAX, OPTIONS_NAMED_MAX
+ *   endless chunk extensions and trailers           CHUNK_EXT_MAX, CHUNK_EXT_BODY_MAX, TRAILER_MAX
+ *   thousands of pipelined requests                 STEPS_MAX, then the others have their turn
+ *   connections of one address                      --ip-conns
+ *   connections of many addresses                   a full pool: the oldest without an authenticated request gives way
+ *   descriptors that run out                        supervisor_descriptors; accepting pauses for ACCEPT_PAUSE_MS
+ *   a log that nobody reads, a full disk            lines wait, then are dropped and counted; nothing blocks
+ *   an upstream that sends garbage or never ends    ANSWER_HEAD_MAX, INTERIM_MAX, 502; backpressure
+ *   headers that claim another client               all X-Forwarded-* and their like are dropped and set anew
  */
 
 #define _GNU_SOURCE
@@ -4985,7 +4990,7 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	worker_run(w);
-	_exit(EXIT_SUCCESS);
+	exit(EXIT_SUCCESS);
 }
 
 static void

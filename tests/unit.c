@@ -790,8 +790,9 @@ test_durations(void)
 	/* Times are a whole number and a unit; nothing else is taken. */
 	static const struct { const char *text; uint64_t ms; } CASES[] = {
 		{"1ms", 1}, {"300ms", 300}, {"10s", 10000}, {"5m", 300000}, {"1h", 3600000}, {"007s", 7000},
-		{"8784h", 31622400000}, {"8785h", 0}, {"", 0}, {"s", 0}, {"10", 0}, {"0s", 0}, {"0ms", 0}, {"-1s", 0}, {"+1s", 0}, {"1.5s", 0}, {"1 s", 0}, {" 1s", 0}, {"1s ", 0},
-		{"1S", 0}, {"1d", 0}, {"1sm", 0}, {"1234567890s", 0}, {"99999999999999999999s", 0},
+		{"8784h", 31622400000}, {"8785h", 0}, {"", 0}, {"s", 0}, {"10", 0}, {"0s", 0}, {"0ms", 0}, {"-1s", 0},
+		{"+1s", 0}, {"1.5s", 0}, {"1 s", 0}, {" 1s", 0}, {"1s ", 0}, {"1S", 0},
+		{"1d", 0}, {"1sm", 0}, {"1234567890s", 0}, {"99999999999999999999s", 0},
 	};
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
@@ -2947,8 +2948,8 @@ test_errors_text(void)
 {
 	/* The three dialects to the letter. */
 	static const char *const EXPECTED[] = {
-		"{\"error\":{\"message\":\"invalid API key\",\"type\":\"invalid_request_error\",\"param\":null,"
-		"\"code\":\"invalid_api_key\"}}\n",
+		("{\"error\":{\"message\":\"invalid API key\",\"type\":\"invalid_request_error\",\"param\":null,"
+		 "\"code\":\"invalid_api_key\"}}\n"),
 		"{\"error\":\"invalid API key\"}\n",
 		"{\"type\":\"error\",\"error\":{\"type\":\"authentication_error\",\"message\":\"invalid API key\"}}\n"};
 	struct slice body;
