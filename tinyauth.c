@@ -358,6 +358,25 @@ map_new(size_t n, int flags)
 	return p;
 }
 
+/* A mapping that children share: a memfd, which an upgrade can hand over, or where there is none anonymous, *fd -1. */
+static void *
+map_shared(const char *name, size_t n, int *fd)
+{
+	*fd = memfd_create(name, MFD_CLOEXEC);
+	if (*fd >= 0 && ftruncate(*fd, (off_t)n) != 0) {
+		close(*fd);
+		*fd = -1;
+	}
+	if (*fd < 0)
+		return map_try(n, MAP_SHARED);
+	void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+	if (p != MAP_FAILED)
+		return p;
+	close(*fd);
+	*fd = -1;
+	return NULL;
+}
+
 /* SipHash-2-4 of 16 bytes: where an address goes in a shared table is nobody's guess. */
 static uint64_t
 hash_keyed(const uint64_t key[2], const uint64_t word[2])
@@ -1541,6 +1560,7 @@ keys_flip(struct keys_map *map)
 {
 	atomic_thread_fence(memory_order_release);
 	atomic_fetch_add_explicit(&map->generation, 1, memory_order_acq_rel);
+	atomic_thread_fence(memory_order_seq_cst);   /* nothing of the next writing comes before it */
 }
 
 /* A file's bytes in a mapping of its own; keys_unread() wipes and unmaps it. */
@@ -1618,16 +1638,8 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 	struct keys_map *map;
 
 	*size = keys_map_size(capacity, slots);
-	*fd = memfd_create("tinyauth-keys", MFD_CLOEXEC);
-	if (*fd >= 0 && ftruncate(*fd, (off_t)*size) == 0)
-		map = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-	else
-		map = map_try(*size, MAP_SHARED);
-	if (map == MAP_FAILED || map == NULL) {
-		if (*fd >= 0)
-			close(*fd);
+	if ((map = map_shared("tinyauth-keys", *size, fd)) == NULL)
 		return NULL;
-	}
 	map->capacity = (uint32_t)capacity;
 	map->slots = (uint32_t)slots;
 	random_fill(&map->salt, sizeof map->salt);
@@ -1656,12 +1668,7 @@ table_new(uint64_t rows, uint64_t conns, int *fd)
 	size_t size = table_size(rows, conns);
 	struct table *t;
 
-	*fd = memfd_create("tinyauth-table", MFD_CLOEXEC);
-	if (*fd >= 0 && ftruncate(*fd, (off_t)size) == 0)
-		t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-	else
-		t = map_new(size, MAP_SHARED);
-	if (t == MAP_FAILED)
+	if ((t = map_shared("tinyauth-table", size, fd)) == NULL)
 		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
 	random_fill(t->seed, sizeof t->seed);
 	t->size = size;
@@ -2785,11 +2792,11 @@ head_unsafe(struct head *h)
 	const char *query = memchr(h->target.p, '?', h->target.n);
 	if (query != NULL && memchr(query + 1, '?', h->target.n - (size_t)(query + 1 - h->target.p)) != NULL)
 		return -head_bad(h, 400, "a second ? in the target of a request with a body: write it as %3F");
-	if (h->method.n + h->target.n + sizeof "  HTTP/1.1\r\n" > LINE_MAX_SENT)
+	if (h->method.n + h->target.n + S("  HTTP/1.1\r\n").n > LINE_MAX_SENT)
 		return -head_bad(h, 414, "the request line is longer than 8192 bytes");
 	for (unsigned i = 0; i < h->fields; i++) {
 		fields += head_passes(h, &h->field[i]);
-		if (h->field[i].name.n + h->field[i].value.n + sizeof ": \r\n" > LINE_MAX_SENT)
+		if (h->field[i].name.n + h->field[i].value.n + S(": \r\n").n > LINE_MAX_SENT)
 			return -head_bad(h, 431, "a field of a request with a body is longer than 8192 bytes");
 	}
 	return fields > FIELDS_MAX ? -head_bad(h, 431, "a request with a body has more than 88 fields") : 0;
@@ -4326,8 +4333,9 @@ request_moves(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 	uint64_t idle_ns = r->idle_ns;
+	bool told_to_wait = r->expects && r->interim == 0 && c->req.in == 0;
 
-	if (w->now_ns >= idle_ns || (c->req.in - r->stretch_in < STRETCH_BYTES && !pipe_waits(&c->req)))
+	if (w->now_ns >= idle_ns || (c->req.in - r->stretch_in < STRETCH_BYTES && !pipe_waits(&c->req) && !told_to_wait))
 		return false;
 	request_stretch(w, c);
 	conn_touch(w, c);
@@ -4910,12 +4918,15 @@ supervisor_descriptors(void)
 {
 	enum { OTHERS = LISTEN_MAX + 64 };
 	rlim_t need = 2 * config.max_conns + OTHERS;
-	struct rlimit limit;
+	struct rlimit limit, wanted;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= need)
 		return;
-	limit.rlim_cur = limit.rlim_max < need ? limit.rlim_max : need;
-	if (setrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < need) {
+	wanted = limit;
+	wanted.rlim_cur = limit.rlim_max < need ? limit.rlim_max : need;
+	if (setrlimit(RLIMIT_NOFILE, &wanted) == 0)
+		limit = wanted;
+	if (limit.rlim_cur < need) {
 		uint64_t fit = limit.rlim_cur > OTHERS + 1 ? (limit.rlim_cur - OTHERS) / 2 : limit.rlim_cur / 4;
 		if (fit < 2)
 			die(EX_CONFIG, "only %llu open files are allowed; raise the limit (ulimit -Hn)", (unsigned long long)limit.rlim_cur);
@@ -5370,8 +5381,11 @@ supervisor_inherit(struct supervisor *s)
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
 	s->table = inherit_map(table_fd, TABLE_MAGIC, &table_size);
-	if (s->table != NULL && (s->table->conns != config.max_conns || table_size < s->table->size))
-		s->table = NULL;             /* of another geometry: begun anew; the old workers count for themselves */
+	if (s->table != NULL && (s->table->conns != config.max_conns || table_size < s->table->size)) {
+		munmap(s->table, table_size); /* of another geometry: begun anew; the old workers count for themselves */
+		close(table_fd);
+		s->table = NULL;
+	}
 	s->table_fd = s->table != NULL ? table_fd : -1;
 	for (struct child *child = s->child; *text == ' ' && child < s->child + CHILDREN_MAX; child++) {
 		child->pid = (int)strtol(text, &text, 10);

@@ -289,7 +289,6 @@ struct log {
 	bool socket;                 /* sent with MSG_DONTWAIT */
 	bool own;                    /* the description is ours and non-blocking */
 	size_t n;                    /* bytes waiting in buf */
-	size_t line;                 /* where the line that is being built starts */
 	uint64_t dropped;            /* lines that found no room */
 	uint64_t second;             /* the second that `date` shows */
 	char date[24];
