@@ -2424,14 +2424,15 @@ head_clear(struct head *h)
 	memset((char *)h + offsetof(struct head, length_text), 0, sizeof *h - offsetof(struct head, length_text));
 }
 
-/* A limit that was passed outranks "more": the rest of such a head is not waited for. */
+/* A limit that was passed outranks "more": the rest of such a head is not waited for. [r7] */
 static int
 head_limit(struct head *h, int good, size_t n, size_t max)
 {
 	return good == MORE && n >= max ? head_bad(h, 431, "the head is longer than its limit") : good;
 }
 
-/* Parses a request head at the start of `in`. Returns the bytes it takes, MORE, or a negative status with h->why. */
+/* Parses one request head at the start of `in`; what follows it is not looked at. [r22] Returns the bytes it takes, MORE, or a
+ * negative status with h->why. */
 static int
 head_parse(struct head *h, struct slice in)
 {
@@ -3504,7 +3505,7 @@ static enum step step_tunnel(struct worker *, struct conn *);
 static enum step step_flush(struct worker *, struct conn *);
 static enum step step_linger(struct worker *, struct conn *);
 
-/* Every state with the time it may take, what happens after it (R_NONE: the connection just ends), and its step. */
+/* [r31] Every state with the time it may take, what happens after it (R_NONE: the connection just ends), and its step. */
 static const struct state_row {
 	const char *name;
 	size_t deadline;             /* of the time in struct config */
@@ -3684,7 +3685,7 @@ conn_looks_whole(const struct conn *c)
 	return c->state == S_RELAY && c->resp.body.form == FORM_PLAIN;
 }
 
-/* The client's side is over for good, and the request with it. */
+/* The client's side is over for good, and the request with it; half-closing counts as that. [r32] */
 static enum step
 request_abandon(struct worker *w, struct conn *c, enum reason reason)
 {
