@@ -1838,7 +1838,8 @@ static const struct field_name {
 	{{"transfer-encoding", 17}, F_TRANSFER_ENCODING}, {{"authorization", 13}, F_AUTHORIZATION},
 	{{"x-api-key", 9}, F_X_API_KEY}, {{"api-key", 7}, F_API_KEY}, {{"expect", 6}, F_EXPECT},
 	{{"upgrade", 7}, F_UPGRADE}, {{"te", 2}, F_TE}, {{"x-request-id", 12}, F_X_REQUEST_ID},
-	{{"range", 5}, F_RANGE}, {{"keep-alive", 10}, F_HOP}, {{"proxy-", 6}, F_HOP}, {{"http2-settings", 14}, F_HOP}, {{"trailer", 7}, F_HOP},
+	{{"range", 5}, F_RANGE},
+	{{"keep-alive", 10}, F_HOP}, {{"proxy-", 6}, F_HOP}, {{"http2-settings", 14}, F_HOP}, {{"trailer", 7}, F_HOP},
 	{{"x-forwarded-", 12}, F_FORWARDED}, {{"forwarded", 9}, F_FORWARDED}, {{"x-real-ip", 9}, F_FORWARDED},
 	{{"x-client-ip", 11}, F_FORWARDED}, {{"true-client-ip", 14}, F_FORWARDED},
 	{{"x-cluster-client-ip", 19}, F_FORWARDED},
@@ -2903,8 +2904,8 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 	out_bytes(o, "\r\n", 2);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
-		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING || f->id == F_CONNECTION ||
-		            f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
+		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
+		            f->id == F_CONNECTION || f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
 		if (ours || head_option_names(h, f->name))
 			continue;
 		out_slice(o, f->name);
