@@ -290,7 +290,7 @@ def change_number(rng, raw, other):
     if not numbers:
         return raw
     number = rng.choice(numbers)
-    near = str(max(0, int(number[0], 16 if number[0].isalnum() else 10) + rng.choice([-2, -1, 1, 2, 16])))
+    near = str(max(0, int(number[0][:40], 16 if number[0].isalnum() else 10) + rng.choice([-2, -1, 1, 2, 16])))
     text = rng.choice([near, *(form.format(n=number[0].decode()) for form in NUMBERS)])
     return raw[:number.start()] + text.encode() + raw[number.end():]
 
