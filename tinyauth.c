@@ -1155,23 +1155,35 @@ secret_read(struct slice secret, unsigned char digest[32], struct mistake *m)
 	return true;
 }
 
+enum { HASHED_TEXT = 7 + 64 + 1 };
+
+/* A digest as secret_read() takes it. */
+static void
+digest_write(const unsigned char digest[32], char hashed[HASHED_TEXT])
+{
+	char *to = hashed + strlen(strcpy(hashed, "sha256:"));
+
+	for (size_t i = 0; i < 32; i++) {
+		*to++ = HEX[digest[i] >> 4];
+		*to++ = HEX[digest[i] & 15];
+	}
+	*to = '\0';
+}
+
 /* TINYAUTH_KEY becomes a digest; the secret is wiped from the environment, where it would stand for all to see. An
  * upgraded binary finds the digest there. */
 static bool
 config_env_key(struct config *cfg, struct mistake *m)
 {
 	char *secret = getenv("TINYAUTH_KEY");
-	char hashed[7 + 64 + 1] = "sha256:";
+	char hashed[HASHED_TEXT];
 
 	if (secret == NULL)
 		return true;
 	if (!secret_read(slice_of(secret), cfg->env_digest, m))
 		return false;
 	cfg->env_key = true;
-	for (size_t i = 0; i < 32; i++) {
-		hashed[7 + 2 * i] = HEX[cfg->env_digest[i] >> 4];
-		hashed[8 + 2 * i] = HEX[cfg->env_digest[i] & 15];
-	}
+	digest_write(cfg->env_digest, hashed);
 	wipe(secret, strlen(secret));
 	return setenv("TINYAUTH_KEY", hashed, 1) == 0 || mistake_is(m, "no memory for the environment");
 }
@@ -1628,6 +1640,13 @@ keys_exposed(const struct keys_file *f)
 			return true;
 	}
 	return false;
+}
+
+static void
+keys_warn_exposed(const struct keys_file *f, const char *path)
+{
+	if (keys_exposed(f))
+		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", path);
 }
 
 /* A fresh key table with room for at least `rows` keys, or NULL; *fd is its memfd, or -1 when it is anonymous. */
@@ -5158,8 +5177,8 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 		s->loaded = s->last = look_of(&file.st);
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
 	struct keys_map *map = supervisor_parse(s, text, bad, &size, &fd);
-	if (map != NULL && file.p != NULL && keys_exposed(&file))
-		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", config.keys);
+	if (map != NULL && file.p != NULL)
+		keys_warn_exposed(&file, config.keys);
 	if (map != NULL)
 		keys_flip(map);
 	if (map != NULL && map != old) {
@@ -5711,7 +5730,7 @@ edit_find(struct slice text, const char *name, struct slice *line, struct slice 
 	return false;
 }
 
-enum { SECRET_TEXT = 3 + 43 + 1, HASHED_TEXT = 7 + 64 + 1 };
+enum { SECRET_TEXT = 3 + 43 + 1 };
 
 /* `sk-` and 256 random bits, and what the file keeps of them. */
 static void
@@ -5730,12 +5749,7 @@ secret_make(char secret[SECRET_TEXT], char hashed[HASHED_TEXT])
 	}
 	secret[SECRET_TEXT - 1] = '\0';
 	secret_read(slice_of(secret), digest, &m);
-	strcpy(hashed, "sha256:");
-	for (size_t i = 0; i < 32; i++) {
-		hashed[7 + 2 * i] = HEX[digest[i] >> 4];
-		hashed[8 + 2 * i] = HEX[digest[i] & 15];
-	}
-	hashed[HASHED_TEXT - 1] = '\0';
+	digest_write(digest, hashed);
 	wipe(bytes, sizeof bytes);
 }
 
@@ -5900,8 +5914,8 @@ command_check(void)
 	complaints_end(&bad);
 	if (!good)
 		return EXIT_FAILURE;
-	if (file.p != NULL && keys_exposed(&file))
-		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", config.keys);
+	if (file.p != NULL)
+		keys_warn_exposed(&file, config.keys);
 	keys_unread(&file);
 	keys_flip(map);
 	printf("keys      %u from %s%s\n", map->half[1].count, config.keys != NULL ? config.keys : "",
