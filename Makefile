@@ -17,7 +17,7 @@ CC := $(if $(filter musl-gcc,$(CC)),gcc,$(CC))
 STATIC :=
 endif
 
-CFLAGS ?= -O2 -g -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
+CFLAGS ?= -Os -g -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 HARDENING = -fstack-protector-strong -fstack-clash-protection -fno-strict-aliasing -D_FORTIFY_SOURCE=2
 ifneq ($(SANITIZE),)
 HARDENING = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer

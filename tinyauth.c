@@ -60,6 +60,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -120,6 +121,58 @@ __memset_chk(void *to, int byte, size_t n, size_t room)
 	if (n > room)
 		abort();
 	return memset(to, byte, n);
+}
+
+/* All the memory that libc can ask for: its resolver, setenv() and realpath() do, before serving starts or in a child. What
+ * was taken last can be given back. Defined here, nothing of libc's own allocator is linked. */
+enum { ARENA = 256 << 10, ALIGN = 16 };
+static _Alignas(ALIGN) char arena[ARENA];
+static size_t arena_used;
+
+void *
+malloc(size_t n)
+{
+	if (n > ARENA || arena_used + ALIGN + ((n + ALIGN - 1) & ~(size_t)(ALIGN - 1)) > ARENA) {
+		errno = ENOMEM;
+		return NULL;
+	}
+	char *p = arena + arena_used + ALIGN;
+	memcpy(p - ALIGN, &n, sizeof n);
+	arena_used += ALIGN + ((n + ALIGN - 1) & ~(size_t)(ALIGN - 1));
+	return p;
+}
+
+void
+free(void *p)
+{
+	size_t n;
+
+	if (p == NULL)
+		return;
+	memcpy(&n, (char *)p - ALIGN, sizeof n);
+	if ((char *)p + ((n + ALIGN - 1) & ~(size_t)(ALIGN - 1)) == arena + arena_used)
+		arena_used = (size_t)((char *)p - ALIGN - arena);
+}
+
+void *
+calloc(size_t n, size_t each)
+{
+	void *p = each != 0 && n > ARENA / each ? NULL : malloc(n * each);
+
+	return p == NULL ? NULL : memset(p, 0, n * each);
+}
+
+void *
+realloc(void *p, size_t n)
+{
+	void *q = malloc(n);
+	size_t old = 0;
+
+	if (p != NULL && q != NULL) {
+		memcpy(&old, (char *)p - ALIGN, sizeof old);
+		memcpy(q, p, old < n ? old : n);
+	}
+	return q;
 }
 #endif
 
@@ -216,6 +269,68 @@ out_ms(struct out *o, uint64_t ns)
 
 	out_number(o, us / 1000);
 	out_bytes(o, decimals, sizeof decimals);
+}
+
+/* printf's %s, %.*s, %c, %d, %u, %llu, %zu and %%: libc's own would be a tenth of the binary. */
+static void
+out_vprint(struct out *o, const char *format, va_list rest)
+{
+	for (const char *c; *format != '\0'; format = c + 1) {
+		size_t n = strcspn(format, "%"), most = SIZE_MAX;
+		out_bytes(o, format, n);
+		if (format[n] == '\0')
+			return;
+		for (c = format + n + 1; *c == '.' || *c == '*' || *c == 'l' || *c == 'z'; c++)
+			if (*c == '*')
+				most = (size_t)va_arg(rest, int);
+		switch (*c) {
+		case 's': {
+			const char *text = va_arg(rest, const char *);
+			most = most < o->max - o->n ? most : o->max - o->n;
+			out_bytes(o, text, strnlen(text, most));
+			break;
+		}
+		case 'c':
+			out_char(o, (char)va_arg(rest, int));
+			break;
+		case 'd': {
+			int number = va_arg(rest, int);
+			if (number < 0)
+				out_char(o, '-');
+			out_number(o, number < 0 ? 0 - (uint64_t)number : (uint64_t)number);
+			break;
+		}
+		case 'u':
+			out_number(o, c[-1] == 'l' ? va_arg(rest, unsigned long long) : c[-1] == 'z' ? va_arg(rest, size_t) :
+			    va_arg(rest, unsigned));
+			break;
+		default:
+			out_char(o, *c);
+		}
+	}
+}
+
+__attribute__((format(printf, 2, 3))) static void
+out_print(struct out *o, const char *format, ...)
+{
+	va_list rest;
+
+	va_start(rest, format);
+	out_vprint(o, format, rest);
+	va_end(rest);
+}
+
+/* A string of at most `max` bytes with its NUL, cut where it does not fit. */
+__attribute__((format(printf, 3, 4))) static void
+text_print(char *to, size_t max, const char *format, ...)
+{
+	struct out o = {to, 0, max - 1, false};
+	va_list rest;
+
+	va_start(rest, format);
+	out_vprint(&o, format, rest);
+	va_end(rest);
+	to[o.n] = '\0';
 }
 
 static const char HEX[16] = "0123456789abcdef";
@@ -316,18 +431,50 @@ clock_wall_ms(void)
 	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / NS_PER_MS;
 }
 
+static bool
+write_whole(int fd, struct slice s)
+{
+	while (s.n > 0) {
+		ssize_t n = write(fd, s.p, s.n);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return false;
+		s = slice_from(s, (size_t)n);
+	}
+	return true;
+}
+
+enum { SAID_MAX = 6144 };
+
+/* Words for people, in one write: others write there, too. */
+__attribute__((format(printf, 2, 3))) static bool
+say(int fd, const char *format, ...)
+{
+	char text[SAID_MAX];
+	struct out o = {text, 0, sizeof text, false};
+	va_list rest;
+
+	va_start(rest, format);
+	out_vprint(&o, format, rest);
+	va_end(rest);
+	return write_whole(fd, (struct slice){o.p, o.n});
+}
+
 /* One line on stderr and the end. Only before serving starts. */
 __attribute__((noreturn, format(printf, 2, 3))) static void
 die(int status, const char *format, ...)
 {
-	char line[2048] = "tinyauth: ";
-	size_t n = strlen(line);
+	char text[SAID_MAX];
+	struct out o = {text, 0, sizeof text - 1, false};
 	va_list rest;
 
+	out_text(&o, "tinyauth: ");
 	va_start(rest, format);
-	vsnprintf(line + n, sizeof line - n - 1, format, rest);
+	out_vprint(&o, format, rest);
 	va_end(rest);
-	fputs(strcat(line, "\n"), stderr);   /* in one write: others write there, too */
+	text[o.n] = '\n';
+	write_whole(STDERR_FILENO, (struct slice){text, o.n + 1});
 	exit(status);
 }
 
@@ -336,6 +483,59 @@ random_fill(void *p, size_t n)
 {
 	if (getentropy(p, n) != 0)
 		die(EXIT_FAILURE, "no random bytes: getentropy: %s", strerror(errno));
+}
+
+/* The eight groups of an IPv6 address; the first longest run of zeros becomes `::` [RFC 5952]. */
+static void
+out_ip6(struct out *o, const unsigned char *a)
+{
+	char hex[4];
+	int from = 8, run = 1;
+
+	for (int i = 0, n; i < 8; i += n + 1) {
+		for (n = 0; i + n < 8 && a[2 * (i + n)] == 0 && a[2 * (i + n) + 1] == 0; n++)
+			continue;
+		if (n > run) {
+			from = i;
+			run = n;
+		}
+	}
+	for (int i = 0; i < 8; i++) {
+		if (i == from) {
+			out_text(o, "::");
+			i += run - 1;
+			continue;
+		}
+		if (i > 0 && i != from + run)
+			out_char(o, ':');
+		out_bytes(o, hex, hex_write(hex, (unsigned)a[2 * i] << 8 | a[2 * i + 1]));
+	}
+}
+
+/* An address without its port, an IPv4 one as such also on a dual-stack socket. */
+static void
+out_ip(struct out *o, const struct sockaddr_storage *ss)
+{
+	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)ss;
+	const unsigned char *v4 = in6->sin6_addr.s6_addr + 12;
+
+	if (ss->ss_family == AF_INET6 && !IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr)) {
+		out_ip6(o, in6->sin6_addr.s6_addr);
+		return;
+	}
+	if (ss->ss_family == AF_INET)
+		v4 = (const unsigned char *)&((const struct sockaddr_in *)ss)->sin_addr;
+	out_print(o, "%d.%d.%d.%d", v4[0], v4[1], v4[2], v4[3]);
+}
+
+/* Processors that this process may run on. */
+static uint64_t
+cpus_online(void)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	return sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0 ? (uint64_t)CPU_COUNT(&set) : 1;
 }
 
 /* A mapping that costs memory only where it is touched, or NULL. */
@@ -630,7 +830,7 @@ log_use(struct log *log, int fd)
 	log->socket = S_ISSOCK(st.st_mode);
 	if (log->regular || log->socket)
 		return;
-	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	text_print(path, sizeof path, "/proc/self/fd/%d", fd);
 	int own = open(path, O_WRONLY | O_NONBLOCK | O_APPEND | O_CLOEXEC | O_NOCTTY);
 	if (own >= 0) {
 		log->fd = own;
@@ -850,7 +1050,9 @@ mistake_is(struct mistake *m, const char *format, ...)
 	va_list rest;
 
 	va_start(rest, format);
-	vsnprintf(m->text, sizeof m->text, format, rest);
+	struct out o = {m->text, 0, sizeof m->text - 1, false};
+	out_vprint(&o, format, rest);
+	m->text[o.n] = '\0';
 	va_end(rest);
 	return false;
 }
@@ -858,18 +1060,20 @@ mistake_is(struct mistake *m, const char *format, ...)
 static void
 addr_write(struct addr *a)
 {
-	char host[INET6_ADDRSTRLEN] = "?";
+	struct out o = {a->text, 0, sizeof a->text - 1, false};
 
 	if (a->ss.ss_family == AF_INET) {
 		struct sockaddr_in *in = (struct sockaddr_in *)&a->ss;
-		inet_ntop(AF_INET, &in->sin_addr, host, sizeof host);
-		snprintf(a->text, sizeof a->text, "%s:%u", host, ntohs(in->sin_port));
+		out_ip(&o, &a->ss);
+		out_print(&o, ":%u", ntohs(in->sin_port));
 	} else if (a->ss.ss_family == AF_INET6) {
 		struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)&a->ss;
-		inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof host);
-		snprintf(a->text, sizeof a->text, "[%s]:%u", host, ntohs(in6->sin6_port));
+		out_char(&o, '[');
+		out_ip(&o, &a->ss);
+		out_print(&o, "]:%u", ntohs(in6->sin6_port));
 	} else
-		snprintf(a->text, sizeof a->text, "unix:%.107s", ((struct sockaddr_un *)&a->ss)->sun_path);
+		out_print(&o, "unix:%.*s", 107, ((struct sockaddr_un *)&a->ss)->sun_path);
+	a->text[o.n] = '\0';
 }
 
 static bool
@@ -968,7 +1172,7 @@ config_upstream(struct config *cfg, const char *value, struct mistake *m)
 	if (u->addr[0].ss.ss_family == AF_UNIX)
 		strcpy(u->host, "localhost");
 	else if (addr_loopback(&u->addr[0]))
-		snprintf(u->host, sizeof u->host, "localhost%s", strrchr(value, ':'));
+		text_print(u->host, sizeof u->host, "localhost%s", strrchr(value, ':'));
 	else
 		strcpy(u->host, value);
 	return true;
@@ -1230,33 +1434,39 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 	if (!config_env_key(cfg, &why))
 		return mistake_is(m, "TINYAUTH_KEY: %s", why.text);
 	if (cfg->workers == 0)
-		cfg->workers = (uint64_t)(sysconf(_SC_NPROCESSORS_ONLN) > 0 ? sysconf(_SC_NPROCESSORS_ONLN) : 1);
+		cfg->workers = cpus_online();
 	if (cfg->workers > WORKERS_MAX)
 		cfg->workers = WORKERS_MAX;
 	config_default_keys(cfg);
 	return true;
 }
 
-static void
-config_help(FILE *to)
+enum { HELP_COLUMN = 33 };
+
+static bool
+config_help(int to)
 {
-	fputs("tinyauth " TINYAUTH_VERSION ": a key in front of a model server\n\n"
+	bool good = say(to, "tinyauth " TINYAUTH_VERSION ": a key in front of a model server\n\n"
 	      "  tinyauth [options]                   serve\n"
 	      "  tinyauth check [options]             check keys file and options, print what would run\n"
 	      "  tinyauth key add NAME [attr ...]     append a hashed key to the keys file, print its secret once\n"
 	      "  tinyauth key rotate NAME             a new secret, the rest of the line as it was\n"
 	      "  tinyauth key rm NAME                 remove a key\n"
 	      "  tinyauth key list                    names and attributes\n"
-	      "  tinyauth -h | --help | -V | --version\n\n", to);
+	      "  tinyauth -h | --help | -V | --version\n\n");
+
 	for (size_t i = 0; i < LENGTH(OPTIONS); i++) {
 		const struct option_row *row = &OPTIONS[i];
-		char left[48], letter[5] = {'-', row->letter, ',', ' ', '\0'};
-		snprintf(left, sizeof left, "%s--%s %s", row->letter ? letter : "    ", row->name, row->argument);
-		fprintf(to, "  %-30s %s%s%s%s\n", left, row->help, row->initial ? " (" : "",
-		    row->initial ? row->initial : "", row->initial ? ")" : "");
+		char line[160], letter[5] = {'-', row->letter, ',', ' ', '\0'};
+		struct out o = {line, 0, sizeof line, false};
+		out_print(&o, "  %s--%s %s ", row->letter ? letter : "    ", row->name, row->argument);
+		while (o.n < HELP_COLUMN)
+			out_char(&o, ' ');
+		good = good && say(to, row->initial ? "%.*s%s (%s)\n" : "%.*s%s\n", (int)o.n, line, row->help, row->initial);
 	}
-	fputs("\nEach long option can come from the environment, such as TINYAUTH_LISTEN; TINYAUTH_KEY holds one key.\n"
-	      "Signals: HUP reads the keys again, USR1 opens the log anew, USR2 replaces the binary, TERM and INT drain.\n", to);
+	return good && say(to,
+	    "\nEach long option can come from the environment, such as TINYAUTH_LISTEN; TINYAUTH_KEY holds one key.\n"
+	    "Signals: HUP reads the keys again, USR1 opens the log anew, USR2 replaces the binary, TERM and INT drain.\n");
 }
 
 /* ============================================================================================================= *
@@ -1360,7 +1570,7 @@ keys_find(const struct keys_map *map, const unsigned char digest[32], struct key
 
 /* Bad lines, as they are named on stderr. */
 struct complaints {
-	FILE *to;                    /* NULL: only counted */
+	int to;                      /* descriptor; -1: only counted */
 	const char *file;
 	uint64_t n;
 };
@@ -1368,25 +1578,25 @@ struct complaints {
 __attribute__((format(printf, 3, 4))) static void
 complain(struct complaints *c, uint64_t line, const char *format, ...)
 {
+	char text[SAID_MAX];
+	struct out o = {text, 0, sizeof text - 1, false};
 	va_list rest;
 
-	if (++c->n > KEYS_ERRORS_SHOWN || c->to == NULL)
+	if (++c->n > KEYS_ERRORS_SHOWN || c->to < 0)
 		return;
-	if (line > 0)
-		fprintf(c->to, "%s:%llu: ", c->file, (unsigned long long)line);
-	else
-		fprintf(c->to, "%s: ", c->file);
+	out_print(&o, line > 0 ? "%s:%llu: " : "%s: ", c->file, (unsigned long long)line);
 	va_start(rest, format);
-	vfprintf(c->to, format, rest);
+	out_vprint(&o, format, rest);
 	va_end(rest);
-	fputc('\n', c->to);
+	text[o.n] = '\n';
+	write_whole(c->to, (struct slice){text, o.n + 1});
 }
 
 static void
 complaints_end(const struct complaints *c)
 {
-	if (c->to != NULL && c->n > KEYS_ERRORS_SHOWN)
-		fprintf(c->to, "%s: and %llu more errors\n", c->file, (unsigned long long)(c->n - KEYS_ERRORS_SHOWN));
+	if (c->to >= 0 && c->n > KEYS_ERRORS_SHOWN)
+		say(c->to, "%s: and %llu more errors\n", c->file, (unsigned long long)(c->n - KEYS_ERRORS_SHOWN));
 }
 
 /* The next field of a line; a field that starts with `#` ends the line. */
@@ -1646,7 +1856,7 @@ static void
 keys_warn_exposed(const struct keys_file *f, const char *path)
 {
 	if (keys_exposed(f))
-		fprintf(stderr, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", path);
+		say(STDERR_FILENO, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", path);
 }
 
 /* A fresh key table with room for at least `rows` keys, or NULL; *fd is its memfd, or -1 when it is anonymous. */
@@ -4282,20 +4492,17 @@ conn_close(struct worker *w, struct conn *c)
 	w->used--;
 }
 
-/* A peer's address in words, an IPv4 one as such also on a dual-stack socket. */
+/* A peer's address in words. */
 static void
 addr_text(const struct sockaddr_storage *peer, char text[ADDR_TEXT_MAX])
 {
-	const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)peer;
+	struct out o = {text, 0, ADDR_TEXT_MAX - 1, false};
 
-	if (peer->ss_family == AF_INET)
-		inet_ntop(AF_INET, &((const struct sockaddr_in *)peer)->sin_addr, text, ADDR_TEXT_MAX);
-	else if (peer->ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
-		inet_ntop(AF_INET, in6->sin6_addr.s6_addr + 12, text, ADDR_TEXT_MAX);
-	else if (peer->ss_family == AF_INET6)
-		inet_ntop(AF_INET6, &in6->sin6_addr, text, ADDR_TEXT_MAX);
+	if (peer->ss_family == AF_INET || peer->ss_family == AF_INET6)
+		out_ip(&o, peer);
 	else
-		strcpy(text, "unix");
+		out_text(&o, "unix");
+	text[o.n] = '\0';
 }
 
 static void
@@ -5151,7 +5358,7 @@ supervisor_parse(struct supervisor *s, struct slice text, struct complaints *bad
 static void
 supervisor_retire(struct keys_map *old, struct slice text)
 {
-	struct complaints ignored = {.to = NULL};
+	struct complaints ignored = {.to = -1};
 	struct slice rest = text;
 
 	for (uint32_t lines = 1; lines < old->capacity && rest.n > 0; lines++)
@@ -5210,7 +5417,7 @@ supervisor_keys(const struct supervisor *s)
 static void
 supervisor_reload(struct supervisor *s)
 {
-	struct complaints bad = {.to = stderr, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
+	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
 
 	if (supervisor_publish(s, &bad))
 		log_keys_published(s->log, supervisor_keys(s));
@@ -5311,21 +5518,20 @@ upgrade_row(const struct supervisor *s, const struct conn_row *row)
 static bool
 upgrade_environment(const struct supervisor *s)
 {
-	size_t max = 64 + CHILDREN_MAX * 48, n;
-	char *text = malloc(max), number[24];
+	static char text[64 + CHILDREN_MAX * 48];
+	struct out o = {text, 0, sizeof text - 1, false};
+	char number[24];
 
-	if (text == NULL)
-		return false;
-	n = (size_t)snprintf(text, max, "%d %d %d", s->keys_fd, s->table_fd, s->bound);
+	out_print(&o, "%d %d %d", s->keys_fd, s->table_fd, s->bound);
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
-			n += (size_t)snprintf(text + n, max - n, " %d:%d:%d:%d", s->child[i].pid, s->child[i].control,
+			out_print(&o, " %d:%d:%d:%d", s->child[i].pid, s->child[i].control,
 			    s->child[i].slot, upgrade_row(s, s->child[i].row));
+	text[o.n] = '\0';
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
-	free(text);
-	snprintf(number, sizeof number, "%u", s->listeners);
+	text_print(number, sizeof number, "%u", s->listeners);
 	set = set && setenv("LISTEN_FDS", number, 1) == 0;
-	snprintf(number, sizeof number, "%d", getpid());
+	text_print(number, sizeof number, "%d", getpid());
 	return set && setenv("LISTEN_PID", number, 1) == 0;
 }
 
@@ -5362,9 +5568,9 @@ supervisor_upgrade(struct supervisor *s)
 	upgrade_expose(s, false);
 	for (unsigned i = 0; i < s->listeners; i++)
 		close(3 + (int)i);
-	unsetenv("TINYAUTH_HANDOVER");
-	unsetenv("LISTEN_FDS");
 	unsetenv("LISTEN_PID");
+	unsetenv("LISTEN_FDS");
+	unsetenv("TINYAUTH_HANDOVER");
 }
 
 /* A mapping that the old binary left us, if its layout is ours. An older key table is marked: nobody writes it any more. */
@@ -5551,7 +5757,7 @@ static int
 supervisor_run(char *const *argv)
 {
 	struct supervisor *s = map_new(sizeof *s, MAP_PRIVATE);
-	struct complaints bad = {.to = stderr, .file = config.keys != NULL ? config.keys : "keys"};
+	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "keys"};
 
 	s->log = map_new(sizeof *s->log, MAP_PRIVATE);
 	s->log->format = config.log_format;
@@ -5622,7 +5828,7 @@ edit_lock(struct edit *e)
 static void
 edit_verify(struct slice text, const char *path)
 {
-	struct complaints bad = {.to = stderr, .file = path};
+	struct complaints bad = {.to = STDERR_FILENO, .file = path};
 	struct config plain = {.env_key = false};
 	size_t size;
 	int fd;
@@ -5641,7 +5847,7 @@ edit_verify(struct slice text, const char *path)
 static struct slice
 edit_open(struct edit *e)
 {
-	struct complaints bad = {.to = stderr};
+	struct complaints bad = {.to = STDERR_FILENO};
 	const char *path = config.keys != NULL ? config.keys : "keys";
 
 	if (strlen(path) >= sizeof e->path)
@@ -5657,20 +5863,6 @@ edit_open(struct edit *e)
 	return text;
 }
 
-static bool
-write_whole(int fd, struct slice s)
-{
-	while (s.n > 0) {
-		ssize_t n = write(fd, s.p, s.n);
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return false;
-		s = slice_from(s, (size_t)n);
-	}
-	return true;
-}
-
 /* Makes the rename last: the directory is written, too. */
 static void
 sync_directory(const char *path)
@@ -5679,7 +5871,7 @@ sync_directory(const char *path)
 	const char *slash = strrchr(path, '/');
 	int fd;
 
-	snprintf(directory, sizeof directory, "%.*s", slash == NULL ? 1 : (int)(slash - path + 1), slash == NULL ? "." : path);
+	text_print(directory, sizeof directory, "%.*s", slash == NULL ? 1 : (int)(slash - path + 1), slash == NULL ? "." : path);
 	fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (fd >= 0) {
 		fsync(fd);
@@ -5695,7 +5887,7 @@ edit_replace(struct edit *e, const struct slice *part, size_t parts)
 	bool good = true;
 	int fd;
 
-	snprintf(temporary, sizeof temporary, "%s.XXXXXX", e->path);
+	text_print(temporary, sizeof temporary, "%s.XXXXXX", e->path);
 	fd = mkostemp(temporary, O_CLOEXEC);
 	if (fd < 0)
 		die(EXIT_FAILURE, "%s: cannot be made: %s; look who may write to its directory", temporary, strerror(errno));
@@ -5757,9 +5949,8 @@ secret_make(char secret[SECRET_TEXT], char hashed[HASHED_TEXT])
 static void
 secret_tell(const char *name, char secret[SECRET_TEXT])
 {
-	fprintf(stderr, "tinyauth: the key of %s, shown this once; only its hash is kept:\n", name);
-	puts(secret);
-	if (fflush(stdout) != 0)
+	say(STDERR_FILENO, "tinyauth: the key of %s, shown this once; only its hash is kept:\n", name);
+	if (!say(STDOUT_FILENO, "%s\n", secret))
 		die(EXIT_FAILURE, "the key could not be shown: %s; make another with 'tinyauth key rotate %s'", strerror(errno), name);
 	wipe(secret, SECRET_TEXT);
 }
@@ -5839,7 +6030,7 @@ key_remove(char *const *words, size_t n)
 	text = key_find_line(&e, words[0], &line, &secret);
 	struct slice before = {text.p, (size_t)(line.p - text.p)};
 	if (keys_count(text) == 1)
-		fprintf(stderr, "tinyauth: %s: this was the last key; a server refuses an empty file and goes on with the old keys\n",
+		say(STDERR_FILENO, "tinyauth: %s: this was the last key; a server refuses an empty file and goes on with the old keys\n",
 		    e.path);
 	edit_replace(&e, (struct slice[]){before, slice_from(text, before.n + line.n)}, 2);
 	return EXIT_SUCCESS;
@@ -5848,8 +6039,10 @@ key_remove(char *const *words, size_t n)
 static int
 key_list(size_t n)
 {
-	struct complaints bad = {.to = stderr, .file = config.keys};
+	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys};
 	struct keys_file file;
+	char shown[SAID_MAX - 1];
+	bool good = true;
 
 	if (n != 0)
 		die(EX_USAGE, "key list takes no name");
@@ -5863,13 +6056,17 @@ key_list(size_t n)
 		struct slice line = text_line(&text), name = line_field(&line), secret = line_field(&line), word;
 		if (name.n == 0)
 			continue;
-		printf("%.*s %s", (int)name.n, name.p, secret_hashed(secret) ? "sha256" : "plain");
-		while ((word = line_field(&line)).n > 0)
-			printf(" %.*s", (int)word.n, word.p);
-		putchar('\n');
+		struct out o = {shown, 0, sizeof shown, false};
+		out_slice(&o, name);
+		out_text(&o, secret_hashed(secret) ? " sha256" : " plain");
+		while ((word = line_field(&line)).n > 0) {
+			out_char(&o, ' ');
+			out_slice(&o, word);
+		}
+		good = good && say(STDOUT_FILENO, "%.*s\n", (int)o.n, shown);
 	}
 	keys_unread(&file);
-	return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	return good ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 static int
@@ -5895,11 +6092,27 @@ check_memory(void)
 	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
 }
 
+static bool
+check_rate(void)
+{
+	char text[32];
+	struct out o = {text, 0, sizeof text, false};
+
+	if (config.ip_rate.interval_ns == 0)
+		return say(STDOUT_FILENO, "address   no rate limit\n");
+	out_ms(&o, config.ip_rate.interval_ns);
+	while (text[o.n - 1] == '0')
+		o.n--;
+	o.n -= text[o.n - 1] == '.';
+	return say(STDOUT_FILENO, "address   one request per %.*s ms, burst %llu\n", (int)o.n, text,
+	    (unsigned long long)config.ip_rate.burst);
+}
+
 /* Prints what would run. Exit status 0: it would. */
 static int
 command_check(void)
 {
-	struct complaints bad = {.to = stderr, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
+	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
 	struct keys_file file = {.p = NULL};
 	size_t size;
 	int fd;
@@ -5918,20 +6131,17 @@ command_check(void)
 		keys_warn_exposed(&file, config.keys);
 	keys_unread(&file);
 	keys_flip(map);
-	printf("keys      %u from %s%s\n", map->half[1].count, config.keys != NULL ? config.keys : "",
+	good = say(STDOUT_FILENO, "keys      %u from %s%s\n", map->half[1].count, config.keys != NULL ? config.keys : "",
 	    config.env_key ? config.keys != NULL ? " and TINYAUTH_KEY" : "TINYAUTH_KEY" : "");
 	for (unsigned i = 0; i < config.listens; i++)
-		printf("listen    %s\n", config.listen[i].text);
-	printf("upstream  %s (Host: %s)\n", config.upstream.text, config.upstream.host);
-	printf("workers   %llu, %llu connections each, at most %llu KB each\n", (unsigned long long)config.workers,
-	    (unsigned long long)config.max_conns, (unsigned long long)check_memory());
-	if (config.ip_rate.interval_ns == 0)
-		printf("address   no rate limit\n");
-	else
-		printf("address   one request per %g ms, burst %llu\n", (double)config.ip_rate.interval_ns / NS_PER_MS,
-		    (unsigned long long)config.ip_rate.burst);
-	printf("log       %s, %s\n", config.log != NULL ? config.log : "stderr", config.log_format == LOG_JSON ? "json" : "logfmt");
-	return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+		good = good && say(STDOUT_FILENO, "listen    %s\n", config.listen[i].text);
+	good = good && say(STDOUT_FILENO, "upstream  %s (Host: %s)\n", config.upstream.text, config.upstream.host) &&
+	    say(STDOUT_FILENO, "workers   %llu, %llu connections each, at most %llu KB each\n", (unsigned long long)config.workers,
+	        (unsigned long long)config.max_conns, (unsigned long long)check_memory()) &&
+	    check_rate() &&
+	    say(STDOUT_FILENO, "log       %s, %s\n", config.log != NULL ? config.log : "stderr",
+	        config.log_format == LOG_JSON ? "json" : "logfmt");
+	return good ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 /* ============================================================================================================= *
@@ -5948,12 +6158,10 @@ main(int argc, char **argv)
 	struct mistake m;
 	size_t n = 0;
 
-	if (argc > 1 && (strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0)) {
-		config_help(stdout);
-		return fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-	}
+	if (argc > 1 && (strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0))
+		return config_help(STDOUT_FILENO) ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (argc > 1 && (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0))
-		return puts("tinyauth " TINYAUTH_VERSION) >= 0 && fflush(stdout) == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+		return say(STDOUT_FILENO, "tinyauth " TINYAUTH_VERSION "\n") ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (!config_read(&config, argv + 1 + (check || key), words, key ? WORDS_MAX : 0, &usage, &m))
 		die(usage ? EX_USAGE : check ? EXIT_FAILURE : EX_CONFIG, "%s", m.text);
 	while (words[n] != NULL)

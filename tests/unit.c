@@ -59,6 +59,23 @@ slice_holds(struct slice s, const char *text)
 	return memmem(s.p, s.n, text, strlen(text)) != NULL;
 }
 
+/* A place for words that go to a descriptor, and all of them as a string. */
+static int
+words_begin(void)
+{
+	return memfd_create("words", MFD_CLOEXEC);
+}
+
+static char *
+words_end(int fd, size_t *n)
+{
+	*n = (size_t)lseek(fd, 0, SEEK_CUR);
+	char *text = map_new(*n + 1, MAP_PRIVATE);
+	CHECK(pread(fd, text, *n, 0) == (ssize_t)*n);
+	close(fd);
+	return text;
+}
+
 /* What was written so far. */
 static struct slice
 out_so_far(const struct out *o)
@@ -1041,12 +1058,12 @@ static void
 test_options_table(void)
 {
 	/* Every option has help and a name of its own, and --help shows them all. */
-	char *help = NULL, name[VARIABLE_MAX];
+	char *help, name[VARIABLE_MAX];
 	size_t n;
-	FILE *to = open_memstream(&help, &n);
+	int to = words_begin();
 
-	config_help(to);
-	fclose(to);
+	CHECK(config_help(to));
+	help = words_end(to, &n);
 	for (size_t i = 0; i < LENGTH(OPTIONS); i++) {
 		const struct option_row *row = &OPTIONS[i];
 		CHECK_OF(row->name, row->help[0] != '\0' && row->argument[0] != '\0' && strstr(help, row->help) != NULL);
@@ -1060,7 +1077,6 @@ test_options_table(void)
 	}
 	for (struct slice lines = {help, n}; lines.n > 0;)
 		CHECK(text_line(&lines).n <= 120);
-	free(help);
 }
 
 /* ============================================================================================================= *
@@ -1080,11 +1096,11 @@ static void
 parsed_again(struct parsed *p, struct slice text, const struct config *cfg)
 {
 	size_t n;
-	struct complaints bad = {.to = open_memstream(&p->complaints, &n), .file = "keys"};
+	struct complaints bad = {.to = words_begin(), .file = "keys"};
 
 	p->good = keys_parse(p->map, text, cfg, &bad);
 	complaints_end(&bad);
-	fclose(bad.to);
+	p->complaints = words_end(bad.to, &n);
 }
 
 static struct parsed
@@ -1104,7 +1120,6 @@ static void
 parsed_end(struct parsed *p)
 {
 	munmap(p->map, p->size);
-	free(p->complaints);
 }
 
 static void
@@ -1301,10 +1316,8 @@ test_keys_publish(void)
 	CHECK(key_is(p.map, "one", NULL));
 	keys_flip(p.map);
 	CHECK(key_is(p.map, "one", "a") && key_is(p.map, "two", "b"));
-	free(p.complaints);
 	parsed_again(&p, S("c three\nbad\n"), &cfg);
 	CHECK(!p.good && key_is(p.map, "one", "a") && key_is(p.map, "three", NULL));
-	free(p.complaints);
 	parsed_again(&p, S("b one\nd four\n"), &cfg);
 	CHECK(p.good && key_is(p.map, "one", "a") && key_is(p.map, "four", NULL));
 	keys_flip(p.map);
@@ -1328,7 +1341,6 @@ test_keys_environment(void)
 	digest_of(S("secret"), cfg.env_digest);
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
 		struct parsed p = parsed_from(S(""));
-		free(p.complaints);
 		parsed_again(&p, slice_of(CASES[i].text), &cfg);
 		CHECK_OF(p.complaints, text_is(p.complaints, CASES[i].complaint) && p.good == (CASES[i].complaint[0] == '\0'));
 		keys_flip(p.map);
@@ -1405,7 +1417,7 @@ test_keys_read_while_published(void)
 	static const struct slice TEXTS[] = {{"first one\nstays secret\nx two\n", 29}, {"renamed secret\ny three\n", 23}};
 	struct parsed p = parsed_from(TEXTS[0]);
 	struct config cfg = {.env_key = false};
-	struct complaints bad = {.to = NULL};
+	struct complaints bad = {.to = -1};
 	unsigned char digest[32];
 	struct key key;
 	int status = -1;
@@ -1433,7 +1445,7 @@ keys_file_exposed(const char *text, mode_t mode)
 {
 	char path[] = "/tmp/tinyauth-unit-XXXXXX";
 	int fd = mkstemp(path);
-	struct complaints bad = {.to = stderr, .file = path};
+	struct complaints bad = {.to = STDERR_FILENO, .file = path};
 	struct keys_file file;
 
 	CHECK(fd >= 0 && write_whole(fd, slice_of(text)) && fchmod(fd, mode) == 0 && close(fd) == 0);
@@ -1471,17 +1483,16 @@ static void
 test_keys_unreadable(void)
 {
 	/* A file that cannot be read is named with the reason and a way out. */
-	char *text = NULL;
+	char *text;
 	size_t n;
-	struct complaints bad = {.to = open_memstream(&text, &n), .file = "/nowhere/keys"};
+	struct complaints bad = {.to = words_begin(), .file = "/nowhere/keys"};
 	struct keys_file file;
 
 	CHECK(!keys_read("/nowhere/keys", &file, &bad) && !keys_read("/", &file, &bad) && bad.n == 2);
-	fclose(bad.to);
+	text = words_end(bad.to, &n);
 	CHECK_OF(text, text_is(text,
 	    "/nowhere/keys: cannot be read: No such file or directory; make it with 'tinyauth key add "
 	    "NAME', or name another with --keys\n/nowhere/keys: cannot be read: it is not a regular file\n"));
-	free(text);
 }
 
 /* ============================================================================================================= *

@@ -580,7 +580,7 @@ check_given_back(void)
 int
 LLVMFuzzerInitialize(int *argc, char ***argv)
 {
-	struct complaints bad = {NULL, "", 0};
+	struct complaints bad = {-1, "", 0};
 	struct text file = {NULL, 0, 0};
 	size_t size;
 	int fd;
