@@ -24,25 +24,30 @@ HARDENING = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 endif
 # Debian keeps BearSSL's headers in a directory of their own: under musl-gcc /usr/include itself must not be searched.
 BEARSSL_CFLAGS ?= $(if $(wildcard /usr/include/bearssl/bearssl.h),-I/usr/include/bearssl)
-BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell gcc -print-multiarch 2>/dev/null)/libbearssl.a /usr/lib/libbearssl.a) -lbearssl)
+BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell gcc -print-multiarch 2>/dev/null)/libbearssl.a /usr/lib/libbearssl.a))
+OBJCOPY ?= objcopy
 
 ALL_CFLAGS = -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
 	$(HARDENING) $(CFLAGS) $(BEARSSL_CFLAGS)
-ALL_LDFLAGS = $(STATIC) -Wl,-z,relro,-z,now,-z,noexecstack -Wl,--gc-sections $(LDFLAGS)
+ALL_LDFLAGS = $(STATIC) -Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code -Wl,--gc-sections $(LDFLAGS)
 
 COMPILE = $(CC) $(ALL_CFLAGS)
-LINK = $(ALL_LDFLAGS) $(BEARSSL_LIBS)
+LINK = $(ALL_LDFLAGS) build/libbearssl.a
 
-tinyauth: tinyauth.c tinyauth.h build/flags
+tinyauth: tinyauth.c tinyauth.h build/flags build/libbearssl.a
 	$(COMPILE) -o $@ tinyauth.c $(LINK)
 
-build/unit: tests/unit.c tinyauth.c tinyauth.h build/flags
+# Tables for unwinding the library's stack, which nothing does, would be 11 KB of the binary.
+build/libbearssl.a: $(BEARSSL_LIBS) build/flags
+	$(OBJCOPY) -R .eh_frame -R .rela.eh_frame $(BEARSSL_LIBS) $@
+
+build/unit: tests/unit.c tinyauth.c tinyauth.h build/flags build/libbearssl.a
 	$(COMPILE) -Wno-unused-function -o $@ tests/unit.c $(LINK)
 
 # Changes when the flags do, so that a build with others is never taken for this one.
 build/flags: force
 	@mkdir -p build
-	@echo '$(COMPILE) $(LINK)' | cmp -s - $@ || echo '$(COMPILE) $(LINK)' >$@
+	@echo '$(COMPILE) $(LINK) $(BEARSSL_LIBS)' | cmp -s - $@ || echo '$(COMPILE) $(LINK) $(BEARSSL_LIBS)' >$@
 
 demo: tinyauth
 	sh tests/demo.sh

@@ -577,6 +577,61 @@ map_shared(const char *name, size_t n, int *fd)
 	return NULL;
 }
 
+/* A file's bytes in a mapping of its own; file_forget() wipes and unmaps it. */
+struct file {
+	char *p;
+	size_t n, mapped;
+	struct stat st;
+	bool opened;
+};
+
+static void
+file_forget(struct file *f)
+{
+	if (f->p == NULL)
+		return;
+	wipe(f->p, f->n);
+	munmap(f->p, f->mapped);
+	f->p = NULL;
+}
+
+/* Reads all of an open file, up to `max` bytes. NULL, or what is wrong. */
+static const char *
+file_fill(int fd, size_t max, struct file *f)
+{
+	ssize_t n = 0;
+
+	if (fstat(fd, &f->st) != 0)
+		return strerror(errno);
+	if (!S_ISREG(f->st.st_mode))
+		return "it is not a regular file";
+	if ((size_t)f->st.st_size >= max)
+		return "it is too large";
+	f->mapped = (size_t)f->st.st_size + 1;
+	if ((f->p = map_try(f->mapped, MAP_PRIVATE)) == NULL)
+		return "no memory for it";
+	while (f->n < f->mapped && (n = read(fd, f->p + f->n, f->mapped - f->n)) > 0)
+		f->n += (size_t)n;
+	if (n < 0)
+		return strerror(errno);
+	return f->n == f->mapped ? "it grew while it was read; try again" : NULL;
+}
+
+static const char *
+file_read(const char *path, size_t max, struct file *f)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+
+	*f = (struct file){.opened = fd >= 0};
+	if (fd < 0)
+		return strerror(errno);
+	const char *why = file_fill(fd, max, f);
+	close(fd);
+	if (why != NULL)
+		file_forget(f);
+	return why;
+}
+
 /* SipHash-2-4 of 16 bytes: where an address goes in a shared table is nobody's guess. */
 static uint64_t
 hash_keyed(const uint64_t key[2], const uint64_t word[2])
@@ -715,6 +770,15 @@ date_write(char date[24], uint64_t second)
 			*date++ = BEHIND[i];
 	}
 	*date = '\0';
+}
+
+/* Midnight of a day in seconds since 1970; year 1970 or later. */
+static uint64_t
+date_seconds(uint64_t year, uint64_t month, uint64_t day)
+{
+	uint64_t from_march = month > 2 ? month - 3 : month + 9, y = month > 2 ? year : year - 1;
+
+	return (y * 365 + y / 4 - y / 100 + y / 400 + (153 * from_march + 2) / 5 + day - 1 - 719468) * 86400;
 }
 
 /* `2026-11-23T03:12:00.123Z`; the date part is made once a second. */
@@ -866,11 +930,12 @@ log_event(struct log *log, const char *event)
 }
 
 static void
-log_listening(struct log *log, const char *addr)
+log_listening(struct log *log, const char *addr, bool tls)
 {
 	struct out o = log_event(log, "listening");
 
 	log_text(log, &o, "addr", addr);
+	log_text(log, &o, "tls", tls ? "yes" : "no");
 	log_end(log, &o);
 }
 
@@ -962,6 +1027,33 @@ log_failure(struct log *log, const char *event, const char *what, int error)
 	log_end(log, &o);
 }
 
+/* A TLS handshake that failed, or a connection that broke in it. */
+static void
+log_tls_failed(struct log *log, uint64_t wall_ms, const char *addr, const char *name, const char *error)
+{
+	struct out o = log_begin(log, wall_ms);
+
+	log_text(log, &o, "event", "tls_failed");
+	log_text(log, &o, "addr", addr);
+	log_text(log, &o, "sni", name);
+	log_text(log, &o, "error", error);
+	log_end(log, &o);
+}
+
+/* What certificate serves, or will soon serve no more. */
+static void
+log_certificate(struct log *log, const char *event, const char *subject, const char *names, uint64_t until_s)
+{
+	struct out o = log_event(log, event);
+	char date[24];
+
+	date_write(date, until_s);
+	log_text(log, &o, "subject", subject);
+	log_text(log, &o, "names", names);
+	log_text(log, &o, "until", strcat(date, "Z"));
+	log_end(log, &o);
+}
+
 /* A connection that was closed before a request of it was read. */
 static void
 log_turned_away(struct log *log, uint64_t wall_ms, const char *addr, unsigned status, const char *why)
@@ -1028,6 +1120,8 @@ static const struct option_row OPTIONS[] = {
 	{0, "ip-rate", "RATE", "10/s", "requests per client address, N/s|m|h|d; off: no limit", AT(ip_rate), O_RATE},
 	{0, "ip-burst", "N", "20", "requests beyond it that may come at once", AT(ip_rate.burst), O_BURST},
 	{0, "ip-conns", "N", "64", "open connections per client address", AT(ip_conns), O_COUNT},
+	{0, "tls-cert", "FILE", NULL, "certificate chain (PEM): TLS on every TCP listener", AT(tls_cert), O_TEXT},
+	{0, "tls-key", "FILE", NULL, "its private key (PEM)", AT(tls_key), O_TEXT},
 	{0, "log", "FILE", NULL, "access and event log (stderr); opened anew on SIGUSR1", AT(log), O_TEXT},
 	{0, "log-format", "FORMAT", "logfmt", "logfmt or json", AT(log_format), O_FORMAT},
 	{0, "header-timeout", "TIME", "10s", "for a request's head to be whole", AT(header_ms), O_DURATION},
@@ -1412,7 +1506,7 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 	struct mistake why;
 	char variable[VARIABLE_MAX];
 
-	*cfg = (struct config){.linger_ms = LINGER_MS, .reader_ms = READER_MS};
+	*cfg = (struct config){.linger_ms = LINGER_MS, .reader_ms = READER_MS, .handshake_ms = HANDSHAKE_MS};
 	*usage = true;
 	for (int i = 0; argv[i] != NULL; i++) {
 		if (argv[i][0] != '-' && max > 0) {
@@ -1433,6 +1527,8 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 	}
 	if (!config_env_key(cfg, &why))
 		return mistake_is(m, "TINYAUTH_KEY: %s", why.text);
+	if ((cfg->tls_cert == NULL) != (cfg->tls_key == NULL))
+		return mistake_is(m, "--tls-cert and --tls-key go together; give both or neither");
 	if (cfg->workers == 0)
 		cfg->workers = cpus_online();
 	if (cfg->workers > WORKERS_MAX)
@@ -1785,60 +1881,20 @@ keys_flip(struct keys_map *map)
 	atomic_thread_fence(memory_order_seq_cst);   /* nothing of the next writing comes before it */
 }
 
-/* A file's bytes in a mapping of its own; keys_unread() wipes and unmaps it. */
-struct keys_file {
-	char *p;
-	size_t n, mapped;
-	struct stat st;
-};
-
-static void
-keys_unread(struct keys_file *f)
-{
-	if (f->p == NULL)
-		return;
-	wipe(f->p, f->n);
-	munmap(f->p, f->mapped);
-	f->p = NULL;
-}
-
 static bool
-keys_read(const char *path, struct keys_file *f, struct complaints *bad)
+keys_read(const char *path, struct file *f, struct complaints *bad)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-	ssize_t n = 0;
+	const char *why = file_read(path, KEYS_FILE_MAX, f);
 
-	*f = (struct keys_file){.mapped = KEYS_FILE_MAX};
-	if (fd < 0 || fstat(fd, &f->st) != 0) {
-		complain(bad, 0, "cannot be read: %s; make it with 'tinyauth key add NAME', or name another with --keys",
-		    strerror(errno));
-		if (fd >= 0)
-			close(fd);
-		return false;
-	}
-	if (f->st.st_size < KEYS_FILE_MAX)
-		f->mapped = (size_t)f->st.st_size + 1;
-	if (!S_ISREG(f->st.st_mode) || (f->p = map_try(f->mapped, MAP_PRIVATE)) == NULL) {
-		complain(bad, 0, "cannot be read: %s", S_ISREG(f->st.st_mode) ? "no memory for it" : "it is not a regular file");
-		close(fd);
-		return false;
-	}
-	while (f->n < f->mapped && (n = read(fd, f->p + f->n, f->mapped - f->n)) > 0)
-		f->n += (size_t)n;
-	if (n < 0)
-		complain(bad, 0, "cannot be read: %s", strerror(errno));
-	else if (f->n == f->mapped)
-		complain(bad, 0, "%s", f->n < KEYS_FILE_MAX ? "grew while it was read; try again" : "is larger than 512 MB");
-	close(fd);
-	if (n == 0)
-		return true;
-	keys_unread(f);
-	return false;
+	if (why != NULL)
+		complain(bad, 0, "cannot be read: %s%s", why,
+		    f->opened ? "" : "; make it with 'tinyauth key add NAME', or name another with --keys");
+	return why == NULL;
 }
 
 /* True when somebody else may read plain secrets. */
 static bool
-keys_exposed(const struct keys_file *f)
+keys_exposed(const struct file *f)
 {
 	struct slice text = {f->p, f->n};
 
@@ -1853,7 +1909,7 @@ keys_exposed(const struct keys_file *f)
 }
 
 static void
-keys_warn_exposed(const struct keys_file *f, const char *path)
+keys_warn_exposed(const struct file *f, const char *path)
 {
 	if (keys_exposed(f))
 		say(STDERR_FILENO, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", path);
@@ -2018,6 +2074,86 @@ table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_n
 		next = from + interval;
 	} while (!atomic_compare_exchange_weak_explicit(&slot->tat_ns, &tat, next, memory_order_relaxed, memory_order_relaxed));
 	return 0;
+}
+
+/* ---- TLS sessions -------------------------------------------------------------------------------------------- */
+
+static struct sessions *
+sessions_new(int *fd)
+{
+	struct sessions *t = map_shared("tinyauth-sessions", sizeof *t, fd);
+
+	if (t == NULL)
+		die(EXIT_FAILURE, "cannot map the TLS session cache: %s", strerror(errno));
+	madvise(t, sizeof *t, MADV_DONTDUMP);
+	random_fill(t->seed, sizeof t->seed);
+	t->magic = SESSIONS_MAGIC;
+	return t;
+}
+
+/* Sessions of another key than this one are gone from now on. */
+static void
+sessions_begin(struct sessions *t, uint64_t epoch)
+{
+	if (atomic_load(&t->epoch) != epoch)
+		wipe(t->slot, sizeof t->slot);
+	atomic_store(&t->epoch, epoch);
+}
+
+static uint64_t
+session_seal(const struct sessions *t, uint64_t epoch, const uint64_t word[SESSION_WORDS], uint64_t born_ms)
+{
+	uint64_t pair[2] = {epoch, born_ms};
+
+	for (size_t i = 0; i < SESSION_WORDS; i++) {
+		pair[0] = hash_keyed(t->seed, pair);
+		pair[1] = word[i];
+	}
+	return hash_keyed(t->seed, pair);
+}
+
+static struct session_slot *
+session_set(struct sessions *t, const uint64_t id[SESSION_ID_WORDS])
+{
+	return t->slot[hash_keyed(t->seed, id) & (SESSION_SETS - 1)];
+}
+
+/* Keeps a session, in place of the oldest of its set. */
+static void
+sessions_put(struct sessions *t, uint64_t epoch, const uint64_t word[SESSION_WORDS], uint64_t now_ms)
+{
+	struct session_slot *set = session_set(t, word), *slot = set;
+
+	for (size_t i = 1; i < SESSION_WAYS; i++)
+		if (atomic_load_explicit(&set[i].born_ms, memory_order_relaxed) <
+		    atomic_load_explicit(&slot->born_ms, memory_order_relaxed))
+			slot = &set[i];
+	atomic_store_explicit(&slot->born_ms, now_ms, memory_order_relaxed);
+	for (size_t i = 0; i < SESSION_WORDS; i++)
+		atomic_store_explicit(&slot->word[i], word[i], memory_order_relaxed);
+	atomic_store_explicit(&slot->seal, session_seal(t, epoch, word, now_ms), memory_order_release);
+}
+
+/* Finds the session whose id `word` begins with, and fills in the rest of it. */
+static bool
+sessions_get(struct sessions *t, uint64_t epoch, uint64_t word[SESSION_WORDS], uint64_t now_ms)
+{
+	struct session_slot *set = session_set(t, word);
+	uint64_t copy[SESSION_WORDS];
+	bool found = false;
+
+	for (size_t i = 0; i < SESSION_WAYS && !found; i++) {
+		uint64_t seal = atomic_load_explicit(&set[i].seal, memory_order_acquire);
+		uint64_t born_ms = atomic_load_explicit(&set[i].born_ms, memory_order_relaxed);
+		for (size_t k = 0; k < SESSION_WORDS; k++)
+			copy[k] = atomic_load_explicit(&set[i].word[k], memory_order_relaxed);
+		found = born_ms != 0 && born_ms <= now_ms && now_ms - born_ms < SESSION_MS &&
+		        memcmp(copy, word, SESSION_ID_WORDS * sizeof *copy) == 0 && session_seal(t, epoch, copy, born_ms) == seal;
+	}
+	if (found)
+		memcpy(word, copy, sizeof copy);
+	wipe(copy, sizeof copy);
+	return found;
 }
 
 /* ============================================================================================================= *
@@ -2654,6 +2790,13 @@ head_clear(struct head *h)
 	memset((char *)h + offsetof(struct head, length_text), 0, sizeof *h - offsetof(struct head, length_text));
 }
 
+/* Is this the beginning of a TLS hello instead of a request? [RFC 5246 6.2.1] */
+static bool
+head_is_tls(struct slice in)
+{
+	return in.n > 0 && in.p[0] == 0x16;
+}
+
 /* A limit that was passed outranks "more": the rest of such a head is not waited for. [r7] */
 static int
 head_limit(struct head *h, int good, size_t n, size_t max)
@@ -3163,6 +3306,10 @@ static const struct reason_row {
 	[R_NONE] = {0, "", "", "", "", ""},
 	[R_HEALTH] = {200, "", "", "", "", ""},
 	[R_BAD_REQUEST] = {400, "bad_request", "bad_request", "invalid_request_error", "invalid_request_error", "bad request: %"},
+	[R_PLAIN_HTTP] = {400, "plain_http", "bad_request", "invalid_request_error", "invalid_request_error",
+	    "bad request: this port speaks TLS; write https:// instead of http://"},
+	[R_TLS_HELLO] = {400, "tls_hello", "bad_request", "invalid_request_error", "invalid_request_error",
+	    "bad request: this port speaks HTTP without TLS; write http:// instead of https://"},
 	[R_BAD_BODY] = {400, "bad_body", "bad_request", "invalid_request_error", "invalid_request_error",
 	    "bad request: the chunked body is malformed"},
 	[R_NO_KEY] = {401, "no_key", "invalid_api_key", "invalid_request_error", "authentication_error",
@@ -3185,6 +3332,7 @@ static const struct reason_row {
 	[R_NOT_IMPLEMENTED] = {501, "not_implemented", "not_implemented", "invalid_request_error", "invalid_request_error", "%"},
 	[R_VERSION] = {505, "version", "http_version", "invalid_request_error", "invalid_request_error", "%"},
 	[R_CLIENT_CLOSED] = {499, "client_closed", "", "", "", ""},
+	[R_CLIENT_CUT] = {499, "client_cut", "", "", "", ""},
 	[R_CLIENT_STALLED] = {499, "client_stalled", "", "", "", ""},
 	[R_UPSTREAM_REFUSED] = {502, "upstream_refused", "bad_gateway", "server_error", "api_error",
 	    "cannot connect to the model server at %: start it, or correct --upstream"},
@@ -3425,18 +3573,520 @@ head_credential(const struct head *h)
 
 /* ============================================================================================================= *
  * LINK
- * Owns: the descriptors of a connection; later all of BearSSL
- * Calls: BASICS
- * Promises: never waits; EINTR is nobody else's business
+ * Owns: the descriptors of a connection; all of BearSSL's TLS; certificates and their keys
+ * Calls: BASICS, CONFIG (mistakes), TABLE (sessions)
+ * Promises: never waits; EINTR is nobody else's business; what was written is told as written when the kernel has it,
+ *           in plain and in TLS; one record is read ahead at most
  * Never: lets a TLS type out
  * ============================================================================================================= */
 
-enum { LINK_END = 0, LINK_AGAIN = -1, LINK_FAILED = -2 };
+/* ---- certificates -------------------------------------------------------------------------------------------- */
+
+/* A chain and its key, decoded, in a mapping that is left out of memory dumps. Workers have it by fork. */
+struct tls_pair {
+	br_x509_certificate chain[TLS_CHAIN_MAX];
+	size_t certificates;
+	br_skey_decoder_context key;     /* holds the key itself */
+	uint64_t epoch;                  /* stands for the key */
+	uint64_t from_s, until_s;        /* when the certificate is good, in seconds since 1970 */
+	char subject[TLS_WORDS_MAX], names[TLS_WORDS_MAX];
+	struct slice public;             /* the leaf's public key, in der */
+	size_t n;
+	unsigned char der[TLS_DER_MAX];
+};
+
+static void
+pair_forget(struct tls_pair *t)
+{
+	if (t == NULL)
+		return;
+	wipe(t, sizeof *t);
+	munmap(t, sizeof *t);
+}
+
+enum { DER_INTEGER = 2, DER_BITS = 3, DER_OID = 6, DER_UTC = 0x17, DER_TIME = 0x18, DER_SEQUENCE = 0x30, DER_SET = 0x31,
+	DER_VERSION = 0xa0, DER_EXTENSIONS = 0xa3, DER_DNS_NAME = 0x82, DER_IP = 0x87, DER_OCTETS = 4 };
+
+/* The next element; `in` is what follows it. Its tag, or 0: there is none, or it is broken. */
+static int
+der_next(struct slice *in, struct slice *content)
+{
+	const unsigned char *p = (const unsigned char *)in->p;
+	size_t n, used = 2;
+
+	if (in->n < 2 || p[0] == 0)
+		return 0;
+	if ((n = p[1]) >= 0x80) {
+		size_t digits = n & 0x7f;
+		if (digits == 0 || digits > 3 || in->n < 2 + digits)
+			return 0;
+		for (n = 0; used < 2 + digits; used++)
+			n = n << 8 | p[used];
+	}
+	if (n > in->n - used)
+		return 0;
+	*content = (struct slice){in->p + used, n};
+	*in = slice_from(*in, used + n);
+	return p[0];
+}
+
+/* The content of the next element, when it is of this kind; else nothing. */
+static struct slice
+der_take(struct slice *in, int tag)
+{
+	struct slice content;
+
+	return der_next(in, &content) == tag ? content : (struct slice){"", 0};
+}
+
+/* `YYMMDDhhmmssZ` or `YYYYMMDDhhmmssZ` in seconds since 1970 [RFC 5280 4.1.2.5]. */
+static bool
+der_time(int tag, struct slice text, uint64_t *seconds)
+{
+	uint64_t part[6], year;   /* of the century, month, day, hour, minute, second */
+	size_t at = tag == DER_TIME ? 2 : 0;
+
+	if ((tag != DER_UTC && tag != DER_TIME) || text.n != at + 13 || text.p[at + 12] != 'Z')
+		return false;
+	for (size_t i = 0; i < 6; i++)
+		if (!number_read((struct slice){text.p + at + 2 * i, 2}, &part[i]))
+			return false;
+	if (tag == DER_UTC)
+		year = part[0] < 50 ? 2000 : 1900;
+	else if (number_read((struct slice){text.p, 2}, &year))
+		year *= 100;
+	else
+		return false;
+	*seconds = date_seconds(year + part[0], part[1], part[2]) + part[3] * 3600 + part[4] * 60 + part[5];
+	return part[1] >= 1 && part[1] <= 12 && part[2] >= 1 && part[2] <= 31 && year + part[0] >= 1970;
+}
+
+/* Bytes of a certificate as words for people. */
+static void
+out_visible(struct out *o, struct slice s)
+{
+	for (size_t i = 0; i < s.n; i++)
+		out_char(o, s.p[i] >= ' ' && s.p[i] < 0x7f ? s.p[i] : '?');
+}
+
+/* `CN=example.org, O=Example` */
+static void
+cert_subject(struct slice names, struct out *o)
+{
+	static const struct { unsigned char id; const char *word; } TYPES[] = {
+		{3, "CN"}, {10, "O"}, {11, "OU"}, {6, "C"}, {7, "L"}, {8, "ST"}};
+
+	while (names.n > 0) {
+		struct slice set = der_take(&names, DER_SET), pair = der_take(&set, DER_SEQUENCE), value;
+		struct slice oid = der_take(&pair, DER_OID);
+		if (der_next(&pair, &value) == 0 || oid.n != 3 || memcmp(oid.p, "\x55\x04", 2) != 0)
+			continue;
+		for (size_t i = 0; i < LENGTH(TYPES); i++)
+			if ((unsigned char)oid.p[2] == TYPES[i].id) {
+				out_print(o, "%s%s=", o->n > 0 ? ", " : "", TYPES[i].word);
+				out_visible(o, value);
+			}
+	}
+}
+
+/* Host names and addresses that the certificate is for [RFC 5280 4.2.1.6]. */
+static void
+cert_names(struct slice extensions, struct out *o)
+{
+	static const struct slice ALT_NAME = {"\x55\x1d\x11", 3};
+	struct slice list = der_take(&extensions, DER_SEQUENCE), one;
+
+	while (list.n > 0) {
+		struct slice extension = der_take(&list, DER_SEQUENCE), oid = der_take(&extension, DER_OID), value = {"", 0};
+		while (der_next(&extension, &value) != 0)   /* a flag may come first; the value is last */
+			continue;
+		if (!slice_equal(oid, ALT_NAME))
+			continue;
+		struct slice names = der_take(&value, DER_SEQUENCE);
+		for (int tag; (tag = der_next(&names, &one)) != 0;) {
+			if (tag != DER_DNS_NAME && tag != DER_IP)
+				continue;
+			if (o->n > 0)
+				out_char(o, ' ');
+			struct sockaddr_storage ss = {.ss_family = one.n == 4 ? AF_INET : AF_INET6};
+			if (tag == DER_DNS_NAME)
+				out_visible(o, one);
+			else if (one.n == 4 || one.n == 16) {
+				memcpy(one.n == 4 ? (void *)&((struct sockaddr_in *)&ss)->sin_addr
+				                  : (void *)&((struct sockaddr_in6 *)&ss)->sin6_addr, one.p, one.n);
+				out_ip(o, &ss);
+			}
+		}
+	}
+}
+
+/* What we have to know of the leaf. [RFC 5280 4.1] */
+static bool
+cert_read(struct tls_pair *t, struct slice der)
+{
+	struct slice body = der_take(&der, DER_SEQUENCE), in = der_take(&body, DER_SEQUENCE), rest = in, skipped, from, until;
+	struct out subject = {t->subject, 0, sizeof t->subject - 1, false}, names = {t->names, 0, sizeof t->names - 1, false};
+
+	if (der_next(&rest, &skipped) == DER_VERSION)
+		in = rest;
+	der_take(&in, DER_INTEGER);              /* serial number */
+	der_take(&in, DER_SEQUENCE);             /* signature algorithm */
+	der_take(&in, DER_SEQUENCE);             /* issuer */
+	struct slice validity = der_take(&in, DER_SEQUENCE);
+	int from_tag = der_next(&validity, &from), until_tag = der_next(&validity, &until);
+	cert_subject(der_take(&in, DER_SEQUENCE), &subject);
+	struct slice key = der_take(&in, DER_SEQUENCE);
+	der_take(&key, DER_SEQUENCE);            /* its algorithm */
+	t->public = der_take(&key, DER_BITS);
+	for (int tag; in.n > 0;) {
+		struct slice part;
+		if ((tag = der_next(&in, &part)) == 0)
+			return false;
+		if (tag == DER_EXTENSIONS)
+			cert_names(part, &names);
+	}
+	if (t->public.n < 2 || !der_time(from_tag, from, &t->from_s) || !der_time(until_tag, until, &t->until_s))
+		return false;
+	t->public = slice_from(t->public, 1);    /* without the count of unused bits */
+	return true;
+}
+
+/* One object of a PEM file, decoded. False: it is not wanted, or `m` says what is wrong with it. */
+typedef bool pem_taker(struct tls_pair *, const char *, struct slice, struct mistake *);
+
+static bool
+pem_certificate(struct tls_pair *t, const char *name, struct slice der, struct mistake *m)
+{
+	if (strcmp(name, "CERTIFICATE") != 0 && strcmp(name, "X509 CERTIFICATE") != 0)
+		return false;
+	if (t->certificates == TLS_CHAIN_MAX)
+		return mistake_is(m, "holds more than %d certificates; leave out those that the chain does not need", TLS_CHAIN_MAX);
+	if (t->certificates == 0 && !cert_read(t, der))
+		return mistake_is(m, "the first certificate cannot be read; put the server's own first");
+	t->chain[t->certificates++] = (br_x509_certificate){(unsigned char *)(uintptr_t)der.p, der.n};
+	return true;
+}
+
+static bool
+pem_key(struct tls_pair *t, const char *name, struct slice der, struct mistake *m)
+{
+	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
+		return mistake_is(m, "the key is encrypted; write it without a passphrase: openssl pkey -in FILE -out NEW");
+	if (strstr(name, "PRIVATE KEY") == NULL || br_skey_decoder_key_type(&t->key) != 0)
+		return false;
+	br_skey_decoder_init(&t->key);
+	br_skey_decoder_push(&t->key, der.p, der.n);
+	wipe((char *)(uintptr_t)der.p, der.n);
+	t->n = (size_t)((const unsigned char *)der.p - t->der);
+	return br_skey_decoder_last_error(&t->key) == 0 ||
+	       mistake_is(m, "the key cannot be read; make an EC (P-256, P-384) or RSA key, unencrypted");
+}
+
+static void
+pem_append(void *to, const void *p, size_t n)
+{
+	struct tls_pair *t = to;
+	size_t room = sizeof t->der - t->n;
+
+	memcpy(t->der + t->n, p, n < room ? n : room);
+	t->n += n < room ? n : room;
+}
+
+/* Reads a PEM file and gives what is in it to `take`. */
+static bool
+pem_read(struct tls_pair *t, const char *path, pem_taker *take, struct mistake *m)
+{
+	br_pem_decoder_context pem;
+	struct file f;
+	size_t from = t->n;
+	char name[sizeof pem.name] = "";
+	const char *why = file_read(path, TLS_FILE_MAX, &f);
+
+	if (why != NULL)
+		return mistake_is(m, "%s: cannot be read: %s", path, why);
+	struct slice text = {f.p, f.n}, end = S("\n");   /* whose last line may lack its end */
+	struct mistake what = {""};
+	br_pem_decoder_init(&pem);
+	while (text.n > 0 || (end.n > 0 && (text = end, end.n = 0, true))) {
+		text = slice_from(text, br_pem_decoder_push(&pem, text.p, text.n));
+		int event = br_pem_decoder_event(&pem);
+		if (event == BR_PEM_BEGIN_OBJ) {
+			strcpy(name, br_pem_decoder_name(&pem));
+			from = t->n;
+			br_pem_decoder_setdest(&pem, pem_append, t);
+		} else if (event == BR_PEM_END_OBJ && !take(t, name, (struct slice){(char *)t->der + from, t->n - from}, &what))
+			t->n = from;
+		else if (event == BR_PEM_ERROR)
+			mistake_is(&what, "is not PEM: a line that is not base64, or an END that does not fit");
+		if (t->n == sizeof t->der)
+			mistake_is(&what, "holds more than %d bytes", TLS_DER_MAX);
+		if (what.text[0] != '\0')
+			break;
+	}
+	wipe(&pem, sizeof pem);
+	file_forget(&f);
+	return what.text[0] == '\0' || mistake_is(m, "%s: %s", path, what.text);
+}
+
+/* What computes on the curve of an EC key. */
+static const br_ec_impl *
+pair_curve(const struct tls_pair *t)
+{
+	return br_skey_decoder_get_ec(&t->key)->curve == BR_EC_secp256r1 ? &br_ec_p256_m31 : &br_ec_prime_i31;
+}
+
+/* Is the certificate's public key that of our key? Also the key's strength, and what stands for it from now on. */
+static bool
+pair_matches(struct tls_pair *t, const char *path, struct mistake *m)
+{
+	unsigned char public[BR_EC_KBUF_PUB_MAX_SIZE > 512 ? BR_EC_KBUF_PUB_MAX_SIZE : 512], digest[32];
+	const br_ec_private_key *ec = br_skey_decoder_get_ec(&t->key);
+	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&t->key);
+	struct slice ours = {(char *)public, 0}, theirs = t->public;
+	br_sha256_context sha;
+
+	if (ec != NULL) {
+		if (ec->curve != BR_EC_secp256r1 && ec->curve != BR_EC_secp384r1)
+			return mistake_is(m, "%s: the key's curve is not served; make one on P-256 or P-384, or an RSA key", path);
+		ours.n = br_ec_compute_pub(pair_curve(t), NULL, public, ec);
+	} else {
+		if (rsa->n_bitlen < 2048 || rsa->n_bitlen > 4096)
+			return mistake_is(m, "%s: the RSA key has %u bits; 2048 to 4096 are served", path, rsa->n_bitlen);
+		ours.n = br_rsa_i31_compute_modulus(public, rsa);
+		struct slice numbers = der_take(&theirs, DER_SEQUENCE);
+		theirs = der_take(&numbers, DER_INTEGER);
+		if (theirs.n > 0 && theirs.p[0] == 0)
+			theirs = slice_from(theirs, 1);
+	}
+	if (!slice_equal(ours, theirs))
+		return mistake_is(m, "%s: the key is not that of the certificate; name the pair that belongs together", path);
+	br_sha256_init(&sha);
+	br_sha256_update(&sha, public, ours.n);
+	br_sha256_out(&sha, digest);
+	memcpy(&t->epoch, digest, sizeof t->epoch);
+	return true;
+}
+
+static bool
+pair_equal(const struct tls_pair *a, const struct tls_pair *b)
+{
+	bool equal = a->epoch == b->epoch && a->certificates == b->certificates;
+
+	for (size_t i = 0; equal && i < a->certificates; i++)
+		equal = a->chain[i].data_len == b->chain[i].data_len &&
+		        memcmp(a->chain[i].data, b->chain[i].data, a->chain[i].data_len) == 0;
+	return equal;
+}
+
+/* Reads a certificate chain and its key. NULL: `m` says what is wrong, where and how to mend it. */
+static struct tls_pair *
+pair_load(const char *cert, const char *key, uint64_t now_s, struct mistake *m)
+{
+	struct tls_pair *t = map_try(sizeof *t, MAP_PRIVATE);
+	char date[24];
+
+	if (t == NULL) {
+		mistake_is(m, "%s: no memory for it", cert);
+		return NULL;
+	}
+	madvise(t, sizeof *t, MADV_DONTDUMP);
+	bool good = pem_read(t, cert, pem_certificate, m) && pem_read(t, key, pem_key, m);
+	if (good && t->certificates == 0)
+		good = mistake_is(m, "%s: holds no certificate in PEM form", cert);
+	if (good && br_skey_decoder_key_type(&t->key) == 0)
+		good = mistake_is(m, "%s: holds no private key in PEM form", key);
+	if (good && t->until_s <= now_s) {
+		date_write(date, t->until_s);
+		good = mistake_is(m, "%s: the certificate expired on %s; renew it, or set this machine's clock", cert, date);
+	}
+	if (good && pair_matches(t, key, m))
+		return t;
+	pair_forget(t);
+	return NULL;
+}
+
+/* ---- TLS ----------------------------------------------------------------------------------------------------- */
+
+/* What the TLS links of a worker share. */
+struct tls {
+	const br_ssl_session_cache_class *cache;   /* first: BearSSL hands its address back to us */
+	const struct tls_pair *pair;
+	struct sessions *sessions;           /* NULL: nothing is resumed */
+	const uint16_t *suites;
+	const br_block_ctr_class *aes;
+	br_ghash ghash;
+	char *stage;                         /* records on their way into an engine; empty between two calls */
+	struct tls_link *free;
+};
+
+/* One TLS link, in a place of the pool that begins a page of its own. Its context must not move. */
+struct tls_link {
+	br_ssl_server_context sc;
+	struct tls *home;
+	struct tls_link *next;               /* in the free list */
+	size_t owed;                         /* plain bytes of the record that is on its way out */
+	uint32_t most_in, most_out;          /* how far the buffers were touched */
+	bool spoke;                          /* something came */
+	bool cut;                            /* the stream ended, or failed, without close_notify */
+	bool shut;                           /* close_notify is written, or on its way */
+	unsigned char in[TLS_IN], out[TLS_OUT];
+};
+
+enum { STAGE = 32768, PAGE = 4096, TLS_PLACE = (sizeof(struct tls_link) + PAGE - 1) / PAGE * PAGE,
+	TLS_KEEP = (offsetof(struct tls_link, in) / PAGE + 2) * PAGE - offsetof(struct tls_link, in) };   /* bytes of `in` up to a page's end */
+
+/* What suits the processor: each constant-time, the faster one where there are two. */
+#if defined(__x86_64__)
+#define TLS_CHACHA20 br_chacha20_sse2_run
+#else
+#define TLS_CHACHA20 br_chacha20_ct_run
+#endif
+#if defined(__SIZEOF_INT128__)
+#define TLS_POLY1305 br_poly1305_ctmulq_run
+#define TLS_RSA_PRIVATE br_rsa_i62_private
+#define TLS_RSA_SIGN br_rsa_i62_pkcs1_sign
+#define TLS_AES br_aes_ct64_ctr_vtable
+#define TLS_GHASH br_ghash_ctmul64
+#else
+#define TLS_POLY1305 br_poly1305_ctmul_run
+#define TLS_RSA_PRIVATE br_rsa_i31_private
+#define TLS_RSA_SIGN br_rsa_i31_pkcs1_sign
+#define TLS_AES br_aes_ct_ctr_vtable
+#define TLS_GHASH br_ghash_ctmul32
+#endif
+
+static const uint16_t SUITES_AES[] = {
+	BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+	BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384};
+/* Where the processor has no instructions for AES. */
+static const uint16_t SUITES_CHACHA[LENGTH(SUITES_AES)] = {
+	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+	BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+	BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384};
+
+static void
+session_save(const br_ssl_session_cache_class **cache, br_ssl_server_context *sc, const br_ssl_session_parameters *params)
+{
+	const struct tls *home = (const struct tls *)(const void *)cache;
+	uint64_t word[SESSION_WORDS] = {0};
+	unsigned char *p = (unsigned char *)word;
+
+	(void)sc;
+	memcpy(p, params->session_id, 32);
+	memcpy(p + 32, params->master_secret, 48);
+	memcpy(p + 80, &params->version, 2);
+	memcpy(p + 82, &params->cipher_suite, 2);
+	if (home->sessions != NULL)
+		sessions_put(home->sessions, home->pair->epoch, word, clock_ns() / NS_PER_MS);
+	wipe(word, sizeof word);
+}
+
+static int
+session_load(const br_ssl_session_cache_class **cache, br_ssl_server_context *sc, br_ssl_session_parameters *params)
+{
+	const struct tls *home = (const struct tls *)(const void *)cache;
+	uint64_t word[SESSION_WORDS] = {0};
+	unsigned char *p = (unsigned char *)word;
+
+	(void)sc;
+	memcpy(p, params->session_id, 32);
+	if (home->sessions == NULL || params->session_id_len != 32 ||
+	    !sessions_get(home->sessions, home->pair->epoch, word, clock_ns() / NS_PER_MS))
+		return 0;
+	memcpy(params->master_secret, p + 32, 48);
+	memcpy(&params->version, p + 80, 2);
+	memcpy(&params->cipher_suite, p + 82, 2);
+	wipe(word, sizeof word);
+	return 1;
+}
+
+static const br_ssl_session_cache_class SESSION_CACHE = {sizeof(struct tls), session_save, session_load};
+
+/* Everything that `max` TLS links of a worker will use. */
+static struct tls *
+tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
+{
+	struct tls *home = map_new(sizeof *home, MAP_PRIVATE);
+	char *place = map_new(max * TLS_PLACE, MAP_PRIVATE);
+
+	madvise(place, max * TLS_PLACE, MADV_DONTDUMP);
+	home->cache = &SESSION_CACHE;
+	home->pair = pair;
+	home->sessions = sessions;
+	home->stage = map_new(STAGE, MAP_PRIVATE);
+	home->aes = br_aes_x86ni_ctr_get_vtable();
+	home->suites = home->aes != NULL ? SUITES_AES : SUITES_CHACHA;
+	if (home->aes == NULL)
+		home->aes = &TLS_AES;
+	if ((home->ghash = br_ghash_pclmul_get()) == NULL)
+		home->ghash = TLS_GHASH;
+	for (size_t i = max; i-- > 0;) {
+		struct tls_link *t = (struct tls_link *)(void *)(place + i * TLS_PLACE);
+		t->next = home->free;
+		home->free = t;
+	}
+	return home;
+}
+
+/* TLS 1.2 with AEAD suites and ECDHE only; no renegotiation; of protocols HTTP/1.1 or none. */
+static void
+tls_profile(struct tls_link *t)
+{
+	static const char *PROTOCOLS[] = {"http/1.1"};
+	const struct tls *home = t->home;
+	br_ssl_engine_context *eng = &t->sc.eng;
+
+	br_ssl_server_zero(&t->sc);
+	br_ssl_engine_set_versions(eng, BR_TLS12, BR_TLS12);
+	br_ssl_engine_set_suites(eng, home->suites, LENGTH(SUITES_AES));
+	br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_NO_RENEGOTIATION | BR_OPT_FAIL_ON_ALPN_MISMATCH);
+	br_ssl_engine_set_protocol_names(eng, PROTOCOLS, LENGTH(PROTOCOLS));
+	br_ssl_engine_set_hash(eng, br_sha256_ID, &br_sha256_vtable);
+	br_ssl_engine_set_hash(eng, br_sha384_ID, &br_sha384_vtable);
+	br_ssl_engine_set_hash(eng, br_sha512_ID, &br_sha512_vtable);
+	br_ssl_engine_set_prf_sha256(eng, &br_tls12_sha256_prf);
+	br_ssl_engine_set_prf_sha384(eng, &br_tls12_sha384_prf);
+	br_ssl_engine_set_gcm(eng, &br_sslrec_in_gcm_vtable, &br_sslrec_out_gcm_vtable);
+	br_ssl_engine_set_aes_ctr(eng, home->aes);
+	br_ssl_engine_set_ghash(eng, home->ghash);
+	br_ssl_engine_set_chapol(eng, &br_sslrec_in_chapol_vtable, &br_sslrec_out_chapol_vtable);
+	br_ssl_engine_set_chacha20(eng, TLS_CHACHA20);
+	br_ssl_engine_set_poly1305(eng, TLS_POLY1305);
+	br_ssl_engine_set_ec(eng, &br_ec_p256_m31);   /* ECDHE on P-256, which every client knows */
+	br_ssl_server_set_cache(&t->sc, (const br_ssl_session_cache_class **)(uintptr_t)&home->cache);
+	if (br_skey_decoder_key_type(&home->pair->key) == BR_KEYTYPE_EC)
+		br_ssl_server_set_single_ec(&t->sc, home->pair->chain, home->pair->certificates, br_skey_decoder_get_ec(&home->pair->key),
+		    BR_KEYTYPE_SIGN, 0, pair_curve(home->pair), br_ecdsa_i31_sign_asn1);
+	else
+		br_ssl_server_set_single_rsa(&t->sc, home->pair->chain, home->pair->certificates,
+		    br_skey_decoder_get_rsa(&home->pair->key), BR_KEYTYPE_SIGN, TLS_RSA_PRIVATE, TLS_RSA_SIGN);
+}
+
+/* Gives a TLS link back to the pool; nothing of it remains readable. */
+static void
+tls_drop(struct link *l)
+{
+	struct tls_link *t = l->tls;
+
+	if (t == NULL)
+		return;
+	struct tls *home = t->home;
+	wipe(t, offsetof(struct tls_link, in) + t->most_in);
+	wipe(t->out, t->most_out);
+	t->next = home->free;
+	home->free = t;
+	l->tls = NULL;
+}
+
+/* ---- links --------------------------------------------------------------------------------------------------- */
+
+enum { LINK_END = 0, LINK_AGAIN = -1, LINK_FAILED = -2, LINK_PLAIN = -3 };
 enum { SEEN_READ = POLLIN | POLLHUP | POLLERR, SEEN_GONE = POLLRDHUP | POLLHUP | POLLERR };
 
-/* Bytes read, LINK_END, LINK_AGAIN or LINK_FAILED. A short read means that nothing more is there for now. */
+/* Bytes of the socket. A short read means that nothing more is there for now. */
 static ssize_t
-link_read(struct link *l, char *p, size_t room)
+socket_read(struct link *l, void *p, size_t room)
 {
 	ssize_t n;
 
@@ -3450,9 +4100,9 @@ link_read(struct link *l, char *p, size_t room)
 	return errno == EAGAIN ? LINK_AGAIN : LINK_FAILED;
 }
 
-/* Bytes written, LINK_AGAIN or LINK_FAILED. After a short write the link is blocked until poll says otherwise. */
+/* After a short write the link is blocked until poll says otherwise. */
 static ssize_t
-link_write(struct link *l, const char *p, size_t n)
+socket_write(struct link *l, const void *p, size_t n)
 {
 	ssize_t done;
 
@@ -3471,10 +4121,282 @@ link_write(struct link *l, const char *p, size_t n)
 	return errno == EAGAIN || errno == ENOBUFS ? LINK_AGAIN : LINK_FAILED;
 }
 
+/* Sends the records that are ready: 1 all of them, LINK_AGAIN or LINK_FAILED. */
+static ssize_t
+tls_flush(struct link *l)
+{
+	size_t n;
+	unsigned char *p;
+
+	while ((p = br_ssl_engine_sendrec_buf(&l->tls->sc.eng, &n)) != NULL) {
+		ssize_t done = socket_write(l, p, n);
+		if (done <= 0)
+			return done == 0 ? LINK_AGAIN : done;
+		br_ssl_engine_sendrec_ack(&l->tls->sc.eng, (size_t)done);
+	}
+	return 1;
+}
+
+/* Gives `n` received bytes to the engine. False: it does not take them. */
+static bool
+tls_feed(struct tls_link *t, const char *p, size_t n)
+{
+	size_t room;
+	unsigned char *to;
+
+	for (; n > 0; p += room, n -= room) {
+		if ((to = br_ssl_engine_recvrec_buf(&t->sc.eng, &room)) == NULL)
+			return br_ssl_engine_last_error(&t->sc.eng) != 0 || t->cut;
+		room = room < n ? room : n;
+		memcpy(to, p, room);
+		if (t->most_in < (size_t)(to + room - t->in))
+			t->most_in = (uint32_t)(to + room - t->in);
+		br_ssl_engine_recvrec_ack(&t->sc.eng, room);
+	}
+	return true;
+}
+
+/* Reads from the socket once. Where what comes may be plain bytes for a receiver with less than a record's room, exactly
+ * what the engine needs: it holds one record, and nobody else could hold the rest. */
+static ssize_t
+tls_pull(struct link *l, size_t room)
+{
+	struct tls_link *t = l->tls;
+	size_t need;
+	bool staged = room >= TLS_RECORD + PAGE;
+	unsigned char *to = br_ssl_engine_recvrec_buf(&t->sc.eng, &need);
+
+	if (to == NULL)
+		return LINK_FAILED;
+	if (staged)
+		need = room - TLS_RECORD < STAGE ? room - TLS_RECORD : STAGE;
+	ssize_t n = socket_read(l, staged ? t->home->stage : (char *)to, need);
+	if (n == LINK_AGAIN)
+		return n;
+	t->cut |= n <= 0;
+	if (n <= 0)
+		return n;
+	if (!t->spoke && !staged && is_class((char)to[0], C_TOKEN))
+		return LINK_PLAIN;
+	t->spoke = true;
+	if (staged) {
+		if (!tls_feed(t, t->home->stage, (size_t)n))
+			t->cut = true;
+	} else {
+		if (t->most_in < (size_t)(to + n - t->in))
+			t->most_in = (uint32_t)(to + n - t->in);
+		br_ssl_engine_recvrec_ack(&t->sc.eng, (size_t)n);
+	}
+	return tls_flush(l) == LINK_FAILED ? LINK_FAILED : n;   /* what the engine answers by itself, such as an alert */
+}
+
+/* Moves decrypted bytes on, and wipes them where they stood. */
+static size_t
+tls_take(struct tls_link *t, char *p, size_t room)
+{
+	size_t done = 0, n;
+	unsigned char *from;
+
+	while (done < room && (from = br_ssl_engine_recvapp_buf(&t->sc.eng, &n)) != NULL) {
+		n = n < room - done ? n : room - done;
+		memcpy(p + done, from, n);
+		wipe(from, n);
+		br_ssl_engine_recvapp_ack(&t->sc.eng, n);
+		done += n;
+	}
+	return done;
+}
+
+static ssize_t
+tls_read(struct link *l, char *p, size_t room)
+{
+	struct tls_link *t = l->tls;
+	size_t done = tls_take(t, p, room);
+
+	while (done < room && (l->seen & SEEN_READ) && !t->cut && br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC) {
+		if (tls_pull(l, room - done) <= 0)
+			break;
+		done += tls_take(t, p + done, room - done);
+	}
+	if (done > 0)
+		return (ssize_t)done;
+	if (br_ssl_engine_current_state(&t->sc.eng) == BR_SSL_CLOSED && br_ssl_engine_last_error(&t->sc.eng) == 0)
+		return LINK_END;
+	return t->cut || br_ssl_engine_last_error(&t->sc.eng) != 0 ? LINK_FAILED : LINK_AGAIN;
+}
+
+/* Writes one record. Its bytes are told as written when the kernel has all of it; until then the same ones are given again. */
+static ssize_t
+tls_write(struct link *l, const char *p, size_t n)
+{
+	struct tls_link *t = l->tls;
+	size_t room;
+	ssize_t flushed;
+
+	if (t->owed == 0) {
+		if ((flushed = tls_flush(l)) < 0)
+			return flushed;
+		unsigned char *to = br_ssl_engine_sendapp_buf(&t->sc.eng, &room);
+		if (to == NULL)
+			return LINK_FAILED;
+		t->owed = n < room ? n : room;
+		memcpy(to, p, t->owed);
+		if (t->most_out < (size_t)(to + t->owed - t->out))
+			t->most_out = (uint32_t)(to + t->owed - t->out);
+		br_ssl_engine_sendapp_ack(&t->sc.eng, t->owed);
+		br_ssl_engine_flush(&t->sc.eng, 0);
+	}
+	if ((flushed = tls_flush(l)) < 0)
+		return flushed;
+	n = t->owed;
+	t->owed = 0;
+	return (ssize_t)n;
+}
+
 static void
 link_open(struct link *l, int fd)
 {
 	*l = (struct link){.fd = fd};
+}
+
+/* The link speaks TLS from now on, its handshake comes first. False: there are no random bytes for it. */
+static bool
+link_secure(struct link *l, struct tls *home)
+{
+	struct tls_link *t = l->tls = home->free;
+	unsigned char seed[32];
+
+	home->free = t->next;
+	memset(t, 0, offsetof(struct tls_link, in));
+	t->home = home;
+	tls_profile(t);
+	br_ssl_engine_set_buffers_bidi(&t->sc.eng, t->in, sizeof t->in, t->out, sizeof t->out);
+	if (getentropy(seed, sizeof seed) == 0)      /* besides what the engine finds for itself */
+		br_ssl_engine_inject_entropy(&t->sc.eng, seed, sizeof seed);
+	wipe(seed, sizeof seed);
+	return br_ssl_server_reset(&t->sc) == 1;
+}
+
+/* Goes on with the handshake. 1: done; LINK_AGAIN; LINK_END: nobody said a word; LINK_FAILED: link_error() tells why;
+ * LINK_PLAIN: the client speaks HTTP without TLS, and the link is a plain one now. */
+static ssize_t
+link_handshake(struct link *l)
+{
+	br_ssl_engine_context *eng = &l->tls->sc.eng;
+
+	for (;;) {
+		ssize_t n = tls_flush(l);
+		if (n < 0)
+			return n;
+		unsigned state = br_ssl_engine_current_state(eng);
+		if (state & BR_SSL_SENDAPP)
+			return 1;
+		if (!(state & BR_SSL_RECVREC))
+			return LINK_FAILED;
+		if (!(l->seen & SEEN_READ))
+			return LINK_AGAIN;
+		n = tls_pull(l, 0);
+		if (n == LINK_PLAIN)
+			tls_drop(l);
+		if (n <= 0)
+			return n == LINK_END && l->tls->spoke ? LINK_FAILED : n;
+	}
+}
+
+/* Why a TLS link failed, in a word or two. */
+static const char *
+link_error(const struct link *l, char text[32])
+{
+	static const struct { int error; const char *word; } WORDS[] = {
+		{BR_ERR_UNSUPPORTED_VERSION, "version"}, {BR_ERR_BAD_VERSION, "version"}, {BR_ERR_BAD_MAC, "bad_mac"},
+		{BR_ERR_BAD_CIPHER_SUITE, "no_common_suite"}, {BR_ERR_BAD_FINISHED, "bad_finished"}, {BR_ERR_NO_RANDOM, "no_random"},
+		{BR_ERR_SEND_FATAL_ALERT + BR_ALERT_HANDSHAKE_FAILURE, "no_common_suite"},
+		{BR_ERR_SEND_FATAL_ALERT + BR_ALERT_PROTOCOL_VERSION, "version"},
+		{BR_ERR_SEND_FATAL_ALERT + BR_ALERT_NO_APPLICATION_PROTOCOL, "no_common_protocol"},
+		{BR_ERR_RECV_FATAL_ALERT + BR_ALERT_BAD_CERTIFICATE, "client_rejects_certificate"},
+		{BR_ERR_RECV_FATAL_ALERT + BR_ALERT_CERTIFICATE_EXPIRED, "client_rejects_certificate"},
+		{BR_ERR_RECV_FATAL_ALERT + BR_ALERT_CERTIFICATE_UNKNOWN, "client_rejects_certificate"},
+		{BR_ERR_RECV_FATAL_ALERT + BR_ALERT_UNKNOWN_CA, "client_rejects_certificate"}};
+	int error = br_ssl_engine_last_error(&l->tls->sc.eng);
+
+	if (error == 0)
+		return l->tls->cut ? "cut" : "timeout";
+	for (size_t i = 0; i < LENGTH(WORDS); i++)
+		if (WORDS[i].error == error)
+			return WORDS[i].word;
+	if (error >= BR_ERR_SEND_FATAL_ALERT)
+		text_print(text, 32, "alert_sent_%d", error - BR_ERR_SEND_FATAL_ALERT);
+	else if (error >= BR_ERR_RECV_FATAL_ALERT)
+		text_print(text, 32, "alert_%d", error - BR_ERR_RECV_FATAL_ALERT);
+	else
+		text_print(text, 32, "malformed_%d", error);
+	return text;
+}
+
+/* The name that the client asked for, or "". */
+static const char *
+link_name(const struct link *l)
+{
+	return br_ssl_engine_get_server_name(&l->tls->sc.eng);
+}
+
+/* Are there decrypted bytes that nobody took? Poll knows nothing of them. */
+static bool
+link_pending(const struct link *l)
+{
+	size_t n;
+
+	return l->tls != NULL && br_ssl_engine_recvapp_buf(&l->tls->sc.eng, &n) != NULL;
+}
+
+static bool
+link_readable(const struct link *l)
+{
+	return l->seen & SEEN_READ || link_pending(l);
+}
+
+/* A TLS peer says that it leaves in a record: it is looked for also while nobody reads, one record ahead. */
+static bool
+link_looks_ahead(const struct link *l)
+{
+	return l->tls != NULL && !link_pending(l);
+}
+
+/* Has the peer left? `cut`: without saying so as TLS does. */
+static bool
+link_left(struct link *l, bool *cut)
+{
+	*cut = false;
+	if (l->tls == NULL)
+		return l->seen & SEEN_GONE;
+	while (l->seen & SEEN_READ && link_looks_ahead(l) && br_ssl_engine_current_state(&l->tls->sc.eng) & BR_SSL_RECVREC)
+		if (l->tls->cut || tls_pull(l, 0) <= 0)
+			break;
+	bool closed = br_ssl_engine_current_state(&l->tls->sc.eng) == BR_SSL_CLOSED;
+	bool said = closed && br_ssl_engine_last_error(&l->tls->sc.eng) == 0;
+	*cut = !said && !link_pending(l);
+	return l->seen & SEEN_GONE || closed || l->tls->cut;
+}
+
+/* Bytes read, LINK_END, LINK_AGAIN or LINK_FAILED. */
+static ssize_t
+link_read(struct link *l, char *p, size_t room)
+{
+	return l->tls != NULL ? tls_read(l, p, room) : socket_read(l, p, room);
+}
+
+/* Bytes written, LINK_AGAIN or LINK_FAILED. */
+static ssize_t
+link_write(struct link *l, const char *p, size_t n)
+{
+	return l->tls != NULL ? tls_write(l, p, n) : socket_write(l, p, n);
+}
+
+/* Reads on without looking at what comes. */
+static ssize_t
+link_discard(struct link *l, char *waste, size_t room)
+{
+	return socket_read(l, waste, room);
 }
 
 /* Starts connecting; -1 with errno when that failed at once. */
@@ -3497,7 +4419,7 @@ link_connect(struct link *l, const struct addr *to)
 	return 0;
 }
 
-/* Has the other side ended, or said something that nobody asked for? */
+/* Has the other side ended, or said something that nobody asked for? Of plain links only. */
 static bool
 link_spent(const struct link *l)
 {
@@ -3506,11 +4428,33 @@ link_spent(const struct link *l)
 	return recv(l->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 || errno != EAGAIN;
 }
 
-/* Says that nothing more will be sent. */
+/* Says that nothing more will be sent: close_notify, then the end. A blocked link has to be shut again later. */
 static void
-link_shut(const struct link *l)
+link_shut(struct link *l)
 {
-	shutdown(l->fd, SHUT_WR);
+	struct tls_link *t = l->tls;
+
+	if (t != NULL && !t->shut) {
+		t->shut = true;
+		br_ssl_engine_close(&t->sc.eng);
+	}
+	if (t == NULL || tls_flush(l) != LINK_AGAIN)
+		shutdown(l->fd, SHUT_WR);
+}
+
+/* Between two requests: pages that only large records need go back to the system. */
+static void
+link_rest(struct link *l)
+{
+	struct tls_link *t = l->tls;
+	size_t need;
+
+	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) || t->owed != 0 ||
+	    br_ssl_engine_recvrec_buf(&t->sc.eng, &need) != t->in)   /* the beginning of a record, or bytes that nobody took */
+		return;
+	madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED);
+	t->most_in = t->most_in < TLS_KEEP ? t->most_in : TLS_KEEP;
+	t->most_out = 0;
 }
 
 /* With `reset` the other side sees a cut instead of an end. */
@@ -3524,6 +4468,7 @@ link_close(struct link *l, bool reset)
 	if (reset)
 		setsockopt(l->fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
 	close(l->fd);
+	tls_drop(l);
 	link_open(l, -1);
 }
 
@@ -3713,7 +4658,7 @@ pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
 			return flushed < 0 ? MOVE_TO_FAILED : MOVE_WAIT;
 		if (p->body.done)
 			return MOVE_DONE;
-		if (reads == MOVES_MAX || !(from->seen & SEEN_READ))
+		if (reads == MOVES_MAX || !link_readable(from))
 			return MOVE_WAIT;
 		p->keep = false;     /* a request whose body still comes cannot be sent once more */
 		ssize_t n = pipe_fill(w, p, from);
@@ -3728,6 +4673,7 @@ pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
 
 enum step { STEP_WAIT, STEP_AGAIN, STEP_CLOSE };
 
+static enum step step_tls(struct worker *, struct conn *);
 static enum step step_head(struct worker *, struct conn *);
 static enum step step_connect(struct worker *, struct conn *);
 static enum step step_relay(struct worker *, struct conn *);
@@ -3745,6 +4691,7 @@ static const struct state_row {
 } STATES[STATES_COUNT] = {
 #define MS(member) offsetof(struct config, member)
 	[S_FREE] = {"free", MS(idle_ms), NULL, R_NONE, false},
+	[S_TLS] = {"tls", MS(handshake_ms), step_tls, R_NONE, true},
 	[S_OPEN] = {"open", MS(header_ms), step_head, R_NONE, true},
 	[S_IDLE] = {"idle", MS(keepalive_ms), step_head, R_NONE, true},
 	[S_HEAD] = {"head", MS(header_ms), step_head, R_HEADER_TIMEOUT, true},
@@ -3766,6 +4713,9 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 
 	*client = *upstream = POLLIN;
 	switch (c->state) {
+	case S_TLS:
+		*client = c->client.blocked ? POLLOUT : POLLIN;
+		break;
 	case S_CONNECT:
 		*client = POLLRDHUP;
 		*upstream = POLLOUT;
@@ -3776,6 +4726,7 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 		*client = POLLRDHUP;
 		*client |= resp_waits ? POLLOUT : 0;
 		*client |= !req_waits && !c->req.body.done && !c->req.broken ? POLLIN : 0;
+		*client |= c->req.body.done && link_looks_ahead(&c->client) ? POLLIN : 0;
 		*upstream = resp_waits ? 0 : POLLIN;
 		*upstream |= req_waits && !c->req.broken ? POLLOUT : 0;
 		break;
@@ -3786,6 +4737,9 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 	case S_FLUSH:
 		*client = POLLOUT;
 		*upstream = 0;
+		break;
+	case S_LINGER:
+		*client |= c->client.blocked ? POLLOUT : 0;
 		break;
 	}
 }
@@ -3915,6 +4869,15 @@ conn_looks_whole(const struct conn *c)
 	return c->state == S_RELAY && c->resp.body.form == FORM_PLAIN;
 }
 
+/* Says why a handshake did not come to its end. */
+static void
+conn_tell_tls(struct worker *w, const struct conn *c)
+{
+	char error[32];
+
+	log_tls_failed(w->log, w->wall_ms, c->addr, link_name(&c->client), link_error(&c->client, error));
+}
+
 /* The client's side is over for good, and the request with it; half-closing counts as that. [r32] */
 static enum step
 request_abandon(struct worker *w, struct conn *c, enum reason reason)
@@ -3931,6 +4894,8 @@ request_next(struct worker *w, struct conn *c, bool close_it)
 {
 	c->upstream_turn = w->turn;
 	if (!close_it) {
+		if (c->req.raw == c->req.end)
+			link_rest(&c->client);
 		conn_enter(w, c, S_IDLE);
 		return c->req.raw < c->req.end ? STEP_AGAIN : STEP_WAIT;
 	}
@@ -4014,8 +4979,10 @@ step_linger(struct worker *w, struct conn *c)
 	char *waste = w->scratch[0][0];
 	ssize_t n = LINK_AGAIN;
 
+	if (c->client.blocked)
+		link_shut(&c->client);
 	for (int reads = 0; reads < MOVES_MAX && c->client.seen & SEEN_READ; reads++) {
-		n = link_read(&c->client, waste, BUF_SIZE);
+		n = link_discard(&c->client, waste, BUF_SIZE);
 		if (n == LINK_AGAIN)
 			return STEP_WAIT;
 		if (n <= 0 || (c->lingered += (uint64_t)n) > LINGER_BYTES)
@@ -4107,6 +5074,43 @@ conn_refuse_head(struct worker *w, struct conn *c, enum reason reason)
 	return conn_refuse(w, c, reason);
 }
 
+/* Answers before any request was read: another protocol, or a connection that is one too many. */
+static enum step
+conn_turn_away(struct worker *w, struct conn *c, enum reason reason)
+{
+	head_clear(&w->head);
+	request_begin(w, c, c->req.end - c->req.raw);
+	c->request->close = true;
+	c->request->retry_ms = reason == R_IP_CONNS ? 1000 : 0;
+	enum step step = conn_refuse(w, c, reason);
+	c->request->quiet = reason == R_IP_CONNS;   /* it was logged when it came */
+	return step;
+}
+
+/* The TLS handshake, as far as it goes. */
+static enum step
+step_tls(struct worker *w, struct conn *c)
+{
+	ssize_t done = link_handshake(&c->client);
+
+	if (done == LINK_AGAIN)
+		return STEP_WAIT;
+	if (done == LINK_END)
+		return STEP_CLOSE;
+	if (done == LINK_PLAIN)
+		return conn_turn_away(w, c, R_PLAIN_HTTP);
+	if (done == LINK_FAILED) {
+		conn_tell_tls(w, c);
+		link_shut(&c->client);
+		conn_enter(w, c, S_LINGER);
+		return STEP_AGAIN;
+	}
+	if (c->refused != R_NONE)
+		return conn_turn_away(w, c, c->refused);
+	conn_enter(w, c, S_OPEN);
+	return STEP_AGAIN;
+}
+
 /* Connects to the upstream's next address that takes the attempt. */
 static enum step
 conn_connect(struct worker *w, struct conn *c)
@@ -4142,7 +5146,7 @@ conn_forward(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 	struct out o = pipe_build(w, &c->req);
-	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = S("http"),
+	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = c->client.tls != NULL ? S("https") : S("http"),
 	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head), .close = head_hides_body(&w->head)};
 
 	r->upgrade = to.upgrade;
@@ -4172,6 +5176,8 @@ step_head(struct worker *w, struct conn *c)
 		link_close(&c->upstream, false);   /* it ended, or said something unasked [r26] */
 	if (c->req.raw < c->req.end)
 		n = head_parse(&w->head, pipe_raw(&c->req));
+	if (n < 0 && head_is_tls(pipe_raw(&c->req)))
+		return conn_turn_away(w, c, R_TLS_HELLO);
 	if (n < 0)
 		return conn_refuse_head(w, c, reason_of_status(-n));
 	if (n > 0) {
@@ -4185,7 +5191,7 @@ step_head(struct worker *w, struct conn *c)
 		else
 			conn_enter(w, c, S_HEAD);
 	}
-	if (!(c->client.seen & SEEN_READ))
+	if (!link_readable(&c->client))
 		return STEP_WAIT;
 	ssize_t got = pipe_fill(w, &c->req, &c->client);
 	if (got == LINK_AGAIN)
@@ -4195,6 +5201,17 @@ step_head(struct worker *w, struct conn *c)
 
 /* ---- relaying ------------------------------------------------------------------------------------------------ */
 
+/* Has the client left, and how? */
+static enum reason
+conn_left(struct conn *c)
+{
+	bool cut;
+
+	if (!link_left(&c->client, &cut))
+		return R_NONE;
+	return cut ? R_CLIENT_CUT : R_CLIENT_CLOSED;
+}
+
 /* The first bytes go out when the connection stands. */
 static enum step
 step_connect(struct worker *w, struct conn *c)
@@ -4203,7 +5220,7 @@ step_connect(struct worker *w, struct conn *c)
 	uint64_t before = p->out;
 
 	if (c->client.seen & SEEN_GONE)
-		return request_abandon(w, c, R_CLIENT_CLOSED);
+		return request_abandon(w, c, conn_left(c));
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	if (pipe_flush(p, &c->upstream) < 0) {
@@ -4267,7 +5284,7 @@ relay_request(struct worker *w, struct conn *c)
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	case MOVE_END:
 	case MOVE_FROM_FAILED:
-		return request_abandon(w, c, R_CLIENT_CLOSED);
+		return request_abandon(w, c, move == MOVE_FROM_FAILED && c->client.tls != NULL ? R_CLIENT_CUT : R_CLIENT_CLOSED);
 	case MOVE_TO_FAILED:
 		p->broken = true;            /* it may have answered already: look, and tell it that no more comes */
 		link_shut(&c->upstream);
@@ -4422,8 +5439,9 @@ step_relay(struct worker *w, struct conn *c)
 {
 	uint8_t state = c->state;
 
-	if (c->client.seen & SEEN_GONE)
-		return request_abandon(w, c, R_CLIENT_CLOSED);
+	enum reason left = c->req.body.done || c->client.seen & SEEN_GONE ? conn_left(c) : R_NONE;
+	if (left != R_NONE)
+		return request_abandon(w, c, left);
 	enum step step = relay_request(w, c);
 	if (step != STEP_AGAIN || c->request == NULL || c->state == S_FLUSH)
 		return step;
@@ -4476,6 +5494,8 @@ conn_count(struct worker *w, const struct conn *c, uint64_t id)
 static void
 conn_close(struct worker *w, struct conn *c)
 {
+	if (c->state == S_IDLE && c->client.tls != NULL)
+		link_shut(&c->client);       /* nothing is cut by this end, and TLS says so */
 	link_close(&c->client, c->reset);
 	link_close(&c->upstream, false);
 	pipe_drop(w, &c->req);
@@ -4505,8 +5525,8 @@ addr_text(const struct sockaddr_storage *peer, char text[ADDR_TEXT_MAX])
 	text[o.n] = '\0';
 }
 
-static void
-conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer)
+static struct conn *
+conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer, bool secure)
 {
 	struct conn *c = w->free_conn;
 
@@ -4524,7 +5544,8 @@ conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer)
 	c->next = &w->polled;
 	c->prev = w->polled.prev;
 	c->prev->next = w->polled.prev = c;
-	conn_enter(w, c, S_OPEN);
+	conn_enter(w, c, secure && link_secure(&c->client, w->tls) ? S_TLS : S_OPEN);
+	return c;
 }
 
 /* Ends a connection whatever it is doing. */
@@ -4582,7 +5603,9 @@ conn_late(struct worker *w, struct conn *c)
 
 	if (c->state == S_SEND && request_moves(w, c))
 		return;
-	if (c->state == S_HEAD) {
+	if (c->state == S_TLS)
+		conn_tell_tls(w, c);
+	else if (c->state == S_HEAD) {
 		head_clear(&w->head);
 		step = conn_refuse_head(w, c, late);
 	} else if (c->state == S_CONNECT && c->request->address + 1u < config.upstream.addrs) {
@@ -4639,6 +5662,7 @@ worker_map(struct worker *w)
 	}
 	for (int i = 0; i < 4; i++)
 		w->scratch[i / 2][i % 2] = scratch + i * BUF_SIZE;
+	w->tls = w->pair != NULL ? tls_new(w->pair, w->sessions, max) : NULL;
 	w->polled.next = w->polled.prev = &w->polled;
 	w->waiting.young = w->waiting.old = &w->waiting;
 }
@@ -4812,6 +5836,10 @@ worker_step(struct worker *w, struct conn *c)
 	bool client_unwanted = (c->client.seen & ~client) != 0, upstream_unwanted = (c->upstream.seen & ~upstream) != 0;
 	c->queued = false;
 	conn_step(w, c);
+	if (link_pending(&c->client)) {      /* poll knows nothing of what a TLS link holds */
+		conn_interest(c, &client, &upstream);
+		c->again |= (client & POLLIN) != 0;
+	}
 	if (c->state != S_FREE && c->parked) {
 		conn_interest(c, &client, &upstream);
 		watch_again(w, c, &c->client, 0, client, client_unwanted);
@@ -4836,17 +5864,24 @@ worker_make_room(struct worker *w)
 }
 
 /* No connection for this one: too many of its address, or no room and nobody to make it. What it sent already is read, so
- * that the answer is not lost to a reset. [r33] */
+ * that the answer is not lost to a reset. Over TLS there is no answer without a handshake, but an alert; `heard`: it will get
+ * one. [r33] */
 static void
-worker_turn_away(struct worker *w, int fd, const struct sockaddr_storage *peer, enum reason reason)
+worker_turn_away(struct worker *w, int fd, const struct sockaddr_storage *peer, enum reason reason, bool secure, bool heard)
 {
+	static const struct slice ALERT = {"\x15\x03\x03\0\2\2\x50", 7};   /* fatal, internal error [RFC 5246 7.2] */
 	char text[1024], addr[ADDR_TEXT_MAX];
 	struct out o = {text, 0, sizeof text, false};
 	struct verdict v = {.reason = reason, .detail = S("1"), .id = S("-"), .retry_ms = 1000, .close = true};
 
 	addr_text(peer, addr);
 	log_turned_away(w->log, w->wall_ms, addr, REASONS[reason].status, REASONS[reason].word);
-	answer_own(&v, &o);
+	if (heard)
+		return;
+	if (secure)
+		out_slice(&o, ALERT);
+	else
+		answer_own(&v, &o);
 	recv(fd, w->scratch[0][0], BUF_SIZE, MSG_DONTWAIT);
 	send(fd, o.p, o.n, MSG_NOSIGNAL);
 	shutdown(fd, SHUT_WR);
@@ -4864,7 +5899,7 @@ worker_someone_waits(int listener)
 
 /* Takes what waits on a listener. When descriptors or memory run out, accepting pauses instead of spinning. */
 static void
-worker_accept(struct worker *w, int listener)
+worker_accept(struct worker *w, int listener, bool secure)
 {
 	for (int i = 0; i < ACCEPTS_MAX; i++) {
 		struct sockaddr_storage peer;
@@ -4882,16 +5917,18 @@ worker_accept(struct worker *w, int listener)
 			}
 			return;
 		}
-		if (table_connections(w->table, table_address_id(w->table, &peer), config.ip_conns) >= config.ip_conns) {
-			worker_turn_away(w, fd, &peer, R_IP_CONNS);
+		uint64_t open = table_connections(w->table, table_address_id(w->table, &peer), 2 * config.ip_conns);
+		enum reason refused = open < config.ip_conns ? R_NONE : R_IP_CONNS;
+		if (refused == R_NONE && w->free_conn == NULL && !worker_make_room(w))
+			refused = R_FULL;
+		/* Over TLS the answer needs a handshake first; only so many of an address get that far. */
+		bool heard = secure && refused == R_IP_CONNS && open < 2 * config.ip_conns && w->free_conn != NULL;
+		if (refused != R_NONE)
+			worker_turn_away(w, fd, &peer, refused, secure, heard);
+		if (refused != R_NONE && !heard)
 			continue;
-		}
-		if (w->free_conn == NULL && !worker_make_room(w)) {
-			worker_turn_away(w, fd, &peer, R_FULL);
-			continue;
-		}
-		conn_open(w, fd, &peer);
-		struct conn *c = w->polled.prev;
+		struct conn *c = conn_open(w, fd, &peer, secure);
+		c->refused = (uint8_t)refused;
 		c->client.seen = POLLIN;     /* its request is often there already */
 		worker_step(w, c);
 		if (c->state != S_FREE && c->again)
@@ -4982,7 +6019,7 @@ worker_turn(struct worker *w)
 	if (n > 0) {
 		for (unsigned i = 0; i < w->listeners; i++)
 			if (w->pfd[2 + i].revents != 0)
-				worker_accept(w, w->listener[i]);
+				worker_accept(w, w->listener[i], w->secure[i]);
 		if (w->pfd[0].revents != 0)
 			worker_control(w);
 	}
@@ -5170,6 +6207,11 @@ supervisor_listen(struct supervisor *s)
 	if (s->bound)
 		for (; s->listeners < config.listens; s->listeners++)
 			s->listener[s->listeners] = listener_open(&config.listen[s->listeners]);
+	for (unsigned i = 0; i < s->listeners; i++) {
+		struct addr a = {.len = sizeof a.ss};
+		getsockname(s->listener[i], (struct sockaddr *)&a.ss, &a.len);
+		s->secure[i] = config.tls_cert != NULL && a.ss.ss_family != AF_UNIX;
+	}
 }
 
 static void
@@ -5179,7 +6221,7 @@ supervisor_log_listeners(struct supervisor *s)
 		struct addr a = {.len = sizeof a.ss};
 		if (getsockname(s->listener[i], (struct sockaddr *)&a.ss, &a.len) == 0)
 			addr_write(&a);
-		log_listening(s->log, a.text);
+		log_listening(s->log, a.text, s->secure[i]);
 	}
 }
 
@@ -5219,16 +6261,22 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 		close(s->keys_fd);
 	if (s->table_fd >= 0)
 		close(s->table_fd);
+	if (s->sessions_fd >= 0)
+		close(s->sessions_fd);
 	w->log = s->log;
 	w->log->n = w->log->dropped = 0;
 	w->keys = s->keys;
 	mprotect(s->keys, s->keys_size, PROT_READ);
 	w->table = s->table;
+	w->pair = s->pair;
+	w->sessions = s->sessions;
 	w->row = row;
 	w->control = control;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
+	memcpy(w->secure, s->secure, sizeof w->secure);
 	worker_run(w);
+	pair_forget(s->pair);
 	exit(EXIT_SUCCESS);
 }
 
@@ -5320,15 +6368,15 @@ supervisor_reap(struct supervisor *s)
 
 /* ---- keys ---------------------------------------------------------------------------------------------------- */
 
-static struct keys_look
+static struct look
 look_of(const struct stat *st)
 {
-	return (struct keys_look){.mtime_ns = (uint64_t)st->st_mtim.tv_sec * NS_PER_S + (uint64_t)st->st_mtim.tv_nsec,
+	return (struct look){.mtime_ns = (uint64_t)st->st_mtim.tv_sec * NS_PER_S + (uint64_t)st->st_mtim.tv_nsec,
 	    .size = (uint64_t)st->st_size, .inode = st->st_ino, .device = st->st_dev, .there = true};
 }
 
 static bool
-look_equal(const struct keys_look *a, const struct keys_look *b)
+look_equal(const struct look *a, const struct look *b)
 {
 	return a->there == b->there && a->mtime_ns == b->mtime_ns && a->size == b->size && a->inode == b->inode &&
 	       a->device == b->device;
@@ -5373,7 +6421,7 @@ supervisor_retire(struct keys_map *old, struct slice text)
 static bool
 supervisor_publish(struct supervisor *s, struct complaints *bad)
 {
-	struct keys_file file = {.p = NULL};
+	struct file file = {.p = NULL};
 	struct keys_map *old = s->keys;
 	size_t size = 0;
 	int fd = -1;
@@ -5381,7 +6429,7 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	if (config.keys != NULL && !keys_read(config.keys, &file, bad))
 		return false;
 	if (file.p != NULL)
-		s->loaded = s->last = look_of(&file.st);
+		s->watched[WATCHED_KEYS].loaded = s->watched[WATCHED_KEYS].last = look_of(&file.st);
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
 	struct keys_map *map = supervisor_parse(s, text, bad, &size, &fd);
 	if (map != NULL && file.p != NULL)
@@ -5403,7 +6451,7 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 		if (old != NULL && old_fd >= 0)
 			close(old_fd);
 	}
-	keys_unread(&file);
+	file_forget(&file);
 	return map != NULL;
 }
 
@@ -5413,9 +6461,9 @@ supervisor_keys(const struct supervisor *s)
 	return s->keys->half[atomic_load(&s->keys->generation) & 1].count;
 }
 
-/* On HUP, or when the file changed. */
+/* When the keys file changed, or on HUP. */
 static void
-supervisor_reload(struct supervisor *s)
+supervisor_reload_keys(struct supervisor *s)
 {
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
 
@@ -5425,24 +6473,99 @@ supervisor_reload(struct supervisor *s)
 		log_keys_refused(s->log, bad.file, bad.n);
 }
 
-/* A look a second; the file is read when two looks agree that it is another one. */
+/* ---- certificate --------------------------------------------------------------------------------------------- */
+
+/* Says that the certificate ends soon, once a day. */
+static void
+supervisor_warn(struct supervisor *s)
+{
+	if (s->pair == NULL || s->now_ns < s->warn_ns)
+		return;
+	s->warn_ns = s->now_ns + 86400 * NS_PER_S;
+	uint64_t now_s = clock_wall_ms() / 1000;
+	if (s->pair->until_s < now_s + TLS_WARN_DAYS * 86400)
+		log_certificate(s->log, s->pair->until_s <= now_s ? "certificate_expired" : "certificate_ends_soon", s->pair->subject,
+		    s->pair->names, s->pair->until_s);
+	if (s->pair->from_s > now_s)
+		log_note(s->log, "certificate_not_yet_good", "it begins in the future: look at this machine's clock");
+}
+
+/* Takes the certificate into use for the workers that are forked from now on. */
+static void
+supervisor_certify(struct supervisor *s, struct tls_pair *pair)
+{
+	pair_forget(s->pair);
+	s->pair = pair;
+	sessions_begin(s->sessions, pair->epoch);
+	log_certificate(s->log, "certificate", pair->subject, pair->names, pair->until_s);
+	s->warn_ns = 0;
+	supervisor_warn(s);
+}
+
+/* When the certificate or its key changed, or on HUP: a new generation that has them. A broken pair changes nothing. */
+static void
+supervisor_renew(struct supervisor *s)
+{
+	struct mistake m;
+	struct tls_pair *pair;
+
+	if (config.tls_cert == NULL)
+		return;
+	if ((pair = pair_load(config.tls_cert, config.tls_key, clock_wall_ms() / 1000, &m)) == NULL)
+		log_note(s->log, "certificate_refused", m.text);
+	else if (pair_equal(pair, s->pair))
+		pair_forget(pair);
+	else {
+		supervisor_certify(s, pair);
+		supervisor_generation(s);
+	}
+}
+
+/* ---- files that are watched ---------------------------------------------------------------------------------- */
+
+/* Did this file change since it was loaded, and does it stand still? */
+static bool
+watched_changed(struct watched *file)
+{
+	struct stat st;
+	struct look look = {.there = false};
+
+	if (file->path == NULL)
+		return false;
+	if (stat(file->path, &st) == 0)
+		look = look_of(&st);
+	bool settled = look_equal(&look, &file->last);
+	file->last = look;
+	if (!settled || look_equal(&look, &file->loaded))
+		return false;
+	file->loaded = look;
+	return true;
+}
+
+/* The state of a file from which changes count. */
+static void
+watched_begin(struct watched *file, const char *path)
+{
+	struct stat st;
+
+	file->path = path;
+	if (path != NULL && stat(path, &st) == 0)
+		file->loaded = file->last = look_of(&st);
+}
+
+/* A look a second; a file is read when two looks agree that it is another one. */
 static void
 supervisor_watch(struct supervisor *s)
 {
-	struct stat st;
-	struct keys_look look = {.there = false};
-
-	if (s->now_ns < s->look_ns || config.keys == NULL)
+	if (s->now_ns < s->look_ns)
 		return;
 	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
-	if (stat(config.keys, &st) == 0)
-		look = look_of(&st);
-	bool settled = look_equal(&look, &s->last);
-	s->last = look;
-	if (!settled || look_equal(&look, &s->loaded))
-		return;
-	s->loaded = look;
-	supervisor_reload(s);
+	if (watched_changed(&s->watched[WATCHED_KEYS]))
+		supervisor_reload_keys(s);
+	bool cert = watched_changed(&s->watched[WATCHED_TLS_CERT]), key = watched_changed(&s->watched[WATCHED_TLS_KEY]);
+	if ((cert || key) && !s->draining)
+		supervisor_renew(s);
+	supervisor_warn(s);
 }
 
 /* ---- upgrade ------------------------------------------------------------------------------------------------- */
@@ -5499,6 +6622,8 @@ upgrade_expose(const struct supervisor *s, bool shown)
 		fcntl(s->keys_fd, F_SETFD, flags);
 	if (s->table_fd >= 0)
 		fcntl(s->table_fd, F_SETFD, flags);
+	if (s->sessions_fd >= 0)
+		fcntl(s->sessions_fd, F_SETFD, flags);
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			fcntl(s->child[i].control, F_SETFD, flags);
@@ -5514,7 +6639,7 @@ upgrade_row(const struct supervisor *s, const struct conn_row *row)
 	return -1;
 }
 
-/* TINYAUTH_HANDOVER: the mappings' descriptors and `pid:control:slot:row` of each child. */
+/* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own, and `pid:control:slot:row` of each child. */
 static bool
 upgrade_environment(const struct supervisor *s)
 {
@@ -5522,7 +6647,7 @@ upgrade_environment(const struct supervisor *s)
 	struct out o = {text, 0, sizeof text - 1, false};
 	char number[24];
 
-	out_print(&o, "%d %d %d", s->keys_fd, s->table_fd, s->bound);
+	out_print(&o, "%d %d %d %d", s->keys_fd, s->table_fd, s->sessions_fd, s->bound);
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			out_print(&o, " %d:%d:%d:%d", s->child[i].pid, s->child[i].control,
@@ -5549,6 +6674,7 @@ supervisor_upgrade(struct supervisor *s)
 	log_flush(s->log);
 	s->keys_fd = upgrade_lift(s->keys_fd, above);
 	s->table_fd = upgrade_lift(s->table_fd, above);
+	s->sessions_fd = upgrade_lift(s->sessions_fd, above);
 	s->log->fd = s->log->fd > STDERR_FILENO ? upgrade_lift(s->log->fd, above) : s->log->fd;
 	for (unsigned i = 0; i < s->listeners; i++)
 		s->listener[i] = upgrade_lift(s->listener[i], above);
@@ -5599,11 +6725,12 @@ static void
 supervisor_inherit(struct supervisor *s)
 {
 	char *text = getenv("TINYAUTH_HANDOVER");
-	size_t table_size;
+	size_t table_size, sessions_size;
 
 	if (text == NULL)
 		return;
 	int keys_fd = (int)strtol(text, &text, 10), table_fd = (int)strtol(text, &text, 10);
+	int sessions_fd = (int)strtol(text, &text, 10);
 	s->bound = strtol(text, &text, 10) != 0;
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
@@ -5614,6 +6741,10 @@ supervisor_inherit(struct supervisor *s)
 		s->table = NULL;
 	}
 	s->table_fd = s->table != NULL ? table_fd : -1;
+	s->sessions = inherit_map(sessions_fd, SESSIONS_MAGIC, &sessions_size);
+	if (s->sessions != NULL && sessions_size < sizeof *s->sessions)
+		s->sessions = NULL;
+	s->sessions_fd = s->sessions != NULL ? sessions_fd : -1;
 	for (struct child *child = s->child; *text == ' ' && child < s->child + CHILDREN_MAX; child++) {
 		child->pid = (int)strtol(text, &text, 10);
 		child->control = (int)strtol(text + 1, &text, 10);
@@ -5683,7 +6814,7 @@ supervisor_alone(const struct supervisor *s)
 static void
 supervisor_wait(struct supervisor *s)
 {
-	uint64_t until = config.keys != NULL ? s->look_ns : s->now_ns + 60 * NS_PER_S, ns;
+	uint64_t until = s->look_ns, ns;
 	sigset_t none;
 
 	for (uint64_t slot = 0; slot < config.workers; slot++)
@@ -5721,8 +6852,10 @@ supervisor_serve(struct supervisor *s)
 		if (!s->draining) {
 			if (signal_usr2 && !(signal_usr2 = 0))
 				supervisor_upgrade(s);
-			if (signal_hup && !(signal_hup = 0))
-				supervisor_reload(s);
+			if (signal_hup && !(signal_hup = 0)) {
+				supervisor_reload_keys(s);
+				supervisor_renew(s);
+			}
 			for (uint64_t slot = 0; slot < config.workers; slot++)
 				if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
 					supervisor_spawn(s, (int)slot);
@@ -5733,6 +6866,7 @@ supervisor_serve(struct supervisor *s)
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			kill(s->child[i].pid, SIGKILL);
+	pair_forget(s->pair);
 	log_note(s->log, "stopped", NULL);
 	log_flush(s->log);
 	return EXIT_SUCCESS;
@@ -5758,11 +6892,14 @@ supervisor_run(char *const *argv)
 {
 	struct supervisor *s = map_new(sizeof *s, MAP_PRIVATE);
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "keys"};
+	struct mistake m;
 
 	s->log = map_new(sizeof *s->log, MAP_PRIVATE);
 	s->log->format = config.log_format;
 	s->argv = argv;
 	s->binary = supervisor_binary(argv[0]);
+	s->sessions_fd = -1;
+	s->watched[WATCHED_KEYS].path = config.keys;
 	s->now_ns = clock_ns();
 	supervisor_signals();
 	uint64_t asked = config.max_conns;
@@ -5775,10 +6912,19 @@ supervisor_run(char *const *argv)
 		s->table = table_new(ROWS_PER_WORKER * config.workers, config.max_conns, &s->table_fd);
 	if (!supervisor_publish(s, &bad) && s->keys == NULL)   /* an upgrade goes on with the keys it was handed */
 		return EX_CONFIG;
+	struct tls_pair *pair = NULL;
+	watched_begin(&s->watched[WATCHED_TLS_CERT], config.tls_cert);
+	watched_begin(&s->watched[WATCHED_TLS_KEY], config.tls_key);
+	if (config.tls_cert != NULL && (pair = pair_load(config.tls_cert, config.tls_key, clock_wall_ms() / 1000, &m)) == NULL)
+		die(EX_CONFIG, "%s", m.text);
+	if (pair != NULL && s->sessions == NULL)
+		s->sessions = sessions_new(&s->sessions_fd);
 	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;
 	if (fd < 0)
 		die(EX_CONFIG, "%s: cannot be opened for the log: %s; name another with --log", config.log, strerror(errno));
 	log_use(s->log, fd);
+	if (pair != NULL)
+		supervisor_certify(s, pair);
 	supervisor_generation(s);
 	s->serving = true;
 	supervisor_log_listeners(s);
@@ -5803,7 +6949,7 @@ supervisor_run(char *const *argv)
 struct edit {
 	char path[PATH_MAX];         /* with links resolved: the file itself is replaced */
 	int fd;
-	struct keys_file file;
+	struct file file;
 };
 
 /* Waits for the lock. A file that was replaced while we waited is opened anew. */
@@ -5903,7 +7049,7 @@ edit_replace(struct edit *e, const struct slice *part, size_t parts)
 	}
 	sync_directory(e->path);
 	close(fd);
-	keys_unread(&e->file);
+	file_forget(&e->file);
 }
 
 /* Finds the line of a name: `line` covers it with its end, `secret` the second field in it. */
@@ -6040,7 +7186,7 @@ static int
 key_list(size_t n)
 {
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys};
-	struct keys_file file;
+	struct file file;
 	char shown[SAID_MAX - 1];
 	bool good = true;
 
@@ -6065,7 +7211,7 @@ key_list(size_t n)
 		}
 		good = good && say(STDOUT_FILENO, "%.*s\n", (int)o.n, shown);
 	}
-	keys_unread(&file);
+	file_forget(&file);
 	return good ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
@@ -6087,9 +7233,36 @@ command_key(char *const *words, size_t n)
 static uint64_t
 check_memory(void)
 {
-	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * BUF_SIZE + 2 * sizeof(struct pollfd) + 64;
+	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * BUF_SIZE + 2 * sizeof(struct pollfd) + 64 +
+	                (config.tls_cert != NULL ? TLS_PLACE : 0);
 
 	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
+}
+
+/* The certificate as clients will see it, with a warning when it ends soon. */
+static bool
+check_certificate(void)
+{
+	uint64_t now_s = clock_wall_ms() / 1000;
+	char from[24], until[24];
+	struct mistake m;
+
+	if (config.tls_cert == NULL)
+		return say(STDOUT_FILENO, "tls       none: keys go over the wire in plain text\n");
+	struct tls_pair *pair = pair_load(config.tls_cert, config.tls_key, now_s, &m);
+	if (pair == NULL)
+		die(EXIT_FAILURE, "%s", m.text);
+	date_write(from, pair->from_s);
+	date_write(until, pair->until_s);
+	bool good = say(STDOUT_FILENO, "tls       %s, %u certificates\nsubject   %s\nnames     %s\nexpires   %sZ\n", config.tls_cert,
+	    (unsigned)pair->certificates, pair->subject, pair->names, until);
+	if (pair->until_s < now_s + TLS_WARN_DAYS * 86400)
+		say(STDERR_FILENO, "tinyauth: %s: the certificate expires within %d days; renew it\n", config.tls_cert, TLS_WARN_DAYS);
+	if (pair->from_s > now_s)
+		say(STDERR_FILENO, "tinyauth: %s: the certificate is good from %sZ only; look at this machine's clock\n", config.tls_cert,
+		    from);
+	pair_forget(pair);
+	return good;
 }
 
 static bool
@@ -6113,7 +7286,7 @@ static int
 command_check(void)
 {
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
-	struct keys_file file = {.p = NULL};
+	struct file file = {.p = NULL};
 	size_t size;
 	int fd;
 
@@ -6129,7 +7302,7 @@ command_check(void)
 		return EXIT_FAILURE;
 	if (file.p != NULL)
 		keys_warn_exposed(&file, config.keys);
-	keys_unread(&file);
+	file_forget(&file);
 	keys_flip(map);
 	good = say(STDOUT_FILENO, "keys      %u from %s%s\n", map->half[1].count, config.keys != NULL ? config.keys : "",
 	    config.env_key ? config.keys != NULL ? " and TINYAUTH_KEY" : "TINYAUTH_KEY" : "");
@@ -6141,7 +7314,7 @@ command_check(void)
 	    check_rate() &&
 	    say(STDOUT_FILENO, "log       %s, %s\n", config.log != NULL ? config.log : "stderr",
 	        config.log_format == LOG_JSON ? "json" : "logfmt");
-	return good ? EXIT_SUCCESS : EXIT_FAILURE;
+	return good && check_certificate() ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 /* ============================================================================================================= *

@@ -50,6 +50,20 @@ enum {
 	RATE_WAYS = 8,               /* addresses that share one set of the rate table */
 	RATE_SETS = 4096,            /* sets: 32,768 addresses are limited exactly at one time */
 
+	SESSION_WAYS = 8,            /* TLS sessions that share one set of the cache */
+	SESSION_SETS = 512,          /* sets: 4,096 sessions can be resumed at one time */
+	SESSION_MS = 3600000,        /* how long a session can be resumed */
+
+	TLS_CHAIN_MAX = 8,           /* certificates of a chain */
+	TLS_DER_MAX = 65536,         /* bytes of them all, decoded, and of the key */
+	TLS_FILE_MAX = 262144,       /* bytes of a PEM file */
+	TLS_WORDS_MAX = 512,         /* bytes of a certificate's subject, and of its names, as they are shown */
+	TLS_IN = 16384 + 325,        /* the largest record with what may surround it [RFC 5246 6.2.3] */
+	TLS_OUT = 16384 + 85,        /* the same for the cipher suites that we send with */
+	TLS_RECORD = 16384,          /* plain bytes of a record at most */
+	TLS_WARN_DAYS = 14,          /* a certificate that ends sooner is warned about, once a day */
+	HANDSHAKE_MS = 10000,        /* for a TLS handshake, from accept */
+
 	ROWS_PER_WORKER = 8,         /* rows of open connections: a worker that serves, and generations that drain */
 
 	STRETCH_MS = 30000,          /* a request body is looked at over so long */
@@ -167,9 +181,9 @@ enum dialect { DIALECT_OPENAI, DIALECT_OLLAMA, DIALECT_ANTHROPIC };
 /* Why a request ended as it did. The table `REASONS` holds status, words and sentences. */
 enum reason {
 	R_NONE, R_HEALTH,
-	R_BAD_REQUEST, R_BAD_BODY, R_NO_KEY, R_BAD_KEY, R_KEY_OFF, R_METHOD, R_HEADER_TIMEOUT, R_BODY_TIMEOUT,
+	R_BAD_REQUEST, R_PLAIN_HTTP, R_TLS_HELLO, R_BAD_BODY, R_NO_KEY, R_BAD_KEY, R_KEY_OFF, R_METHOD, R_HEADER_TIMEOUT, R_BODY_TIMEOUT,
 	R_TARGET_LONG, R_EXPECT, R_IP_RATE, R_IP_CONNS, R_HEAD_LONG, R_NOT_IMPLEMENTED, R_VERSION,
-	R_CLIENT_CLOSED, R_CLIENT_STALLED, R_UPSTREAM_REFUSED, R_UPSTREAM_CONNECT_TIMEOUT, R_UPSTREAM_CLOSED,
+	R_CLIENT_CLOSED, R_CLIENT_CUT, R_CLIENT_STALLED, R_UPSTREAM_REFUSED, R_UPSTREAM_CONNECT_TIMEOUT, R_UPSTREAM_CLOSED,
 	R_UPSTREAM_BAD, R_UPSTREAM_TIMEOUT, R_UPSTREAM_CUT, R_IDLE, R_FULL, R_STALE, R_DRAIN,
 	REASONS_COUNT
 };
@@ -250,6 +264,25 @@ struct table {
 #define TABLE_MAGIC 0x326c626174796e74ull
 _Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
 
+/* TLS sessions that can be resumed, by every worker of every generation: one mapping of its own, never in a file. A slot
+ * whose `seal`, a keyed hash, does not match holds nothing: it was torn by two writers, or belongs to another key. */
+enum { SESSION_ID_WORDS = 4, SESSION_WORDS = 11 };
+
+struct session_slot {
+	_Atomic uint64_t born_ms;    /* CLOCK_MONOTONIC; 0: free */
+	_Atomic uint64_t word[SESSION_WORDS];  /* the id, then what the handshake needs of it */
+	_Atomic uint64_t seal;
+};
+
+struct sessions {
+	uint64_t magic;              /* SESSIONS_MAGIC, which changes with the layout */
+	uint64_t seed[2];            /* key of the seals, random at creation */
+	_Atomic uint64_t epoch;      /* of the certificate's key; another one wipes the cache */
+	struct session_slot slot[SESSION_SETS][SESSION_WAYS];
+};
+#define SESSIONS_MAGIC 0x31736e73736e7974ull
+_Static_assert(sizeof(struct session_slot) == 104, "layout shared by processes of different versions");
+
 /* ---- configuration ------------------------------------------------------------------------------------------- */
 
 enum log_format { LOG_LOGFMT, LOG_JSON };
@@ -274,10 +307,12 @@ struct config {
 	uint64_t workers, max_conns;
 	struct rate ip_rate;
 	uint64_t ip_conns;
+	const char *tls_cert, *tls_key;  /* paths; both or neither */
 	const char *log;             /* path, or NULL: stderr */
 	int log_format;
 	uint64_t header_ms, connect_ms, first_byte_ms, idle_ms, keepalive_ms, drain_ms;
-	uint64_t linger_ms, reader_ms;  /* not options: LINGER_MS and READER_MS, here because deadlines are looked up here */
+	uint64_t linger_ms, reader_ms, handshake_ms;  /* not options: LINGER_MS, READER_MS and HANDSHAKE_MS, here because deadlines
+	                              * are looked up here */
 };
 
 /* ---- log ----------------------------------------------------------------------------------------------------- */
@@ -297,9 +332,15 @@ struct log {
 
 /* ---- connections --------------------------------------------------------------------------------------------- */
 
+/* What TLS keeps, known to LINK alone: a certificate chain with its key, what the TLS links of a worker share, one link. */
+struct tls_pair;
+struct tls;
+struct tls_link;
+
 /* One side of a connection. Interest in it is derived from the state on each turn. */
 struct link {
 	int fd;                      /* -1: closed */
+	struct tls_link *tls;        /* NULL: plain */
 	short seen;                  /* poll events of this turn that nobody used up yet */
 	short watched;               /* events registered in the epoll set; 0: not there */
 	bool blocked;                /* the last write was cut short: wait for POLLOUT */
@@ -321,7 +362,8 @@ struct pipe {
 
 enum state {
 	S_FREE,
-	S_OPEN,                      /* accepted, nothing came yet */
+	S_TLS,                       /* accepted, in the TLS handshake */
+	S_OPEN,                      /* ready for a request, nothing came yet */
 	S_IDLE,                      /* between two requests */
 	S_HEAD,                      /* some of a head is there */
 	S_CONNECT,                   /* connecting upstream */
@@ -378,6 +420,7 @@ struct conn {
 	bool queued;                 /* among those to be stepped in this turn */
 	bool waiting;                /* in the list of those that give way */
 	bool reset;                  /* the client has to see a cut, not an end */
+	uint8_t refused;             /* enum reason: turned away as soon as that can be said, after the TLS handshake */
 	char addr[ADDR_TEXT_MAX];
 	uint64_t addr_id;            /* keyed hash of the address, IPv6 by its /64 */
 };
@@ -411,7 +454,11 @@ struct worker {
 	uint64_t random[2], ids;     /* for request ids: key and counter */
 	size_t used;                 /* connections open */
 	size_t pollfds, readies;
+	const struct tls_pair *pair; /* NULL: all listeners are plain */
+	struct sessions *sessions;
+	struct tls *tls;             /* of that pair, for all TLS links */
 	int listener[LISTEN_MAX];
+	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
 	int control;                 /* from the supervisor; its end means that it is gone */
 	int epoll;                   /* -1: none, all go in the poll set */
@@ -428,6 +475,8 @@ struct child {
 	uint64_t born_ns;
 };
 
+enum watched_file { WATCHED_KEYS, WATCHED_TLS_CERT, WATCHED_TLS_KEY, WATCHED_COUNT };
+
 struct supervisor {
 	struct log *log;
 	struct keys_map *keys;
@@ -435,16 +484,24 @@ struct supervisor {
 	int keys_fd;                 /* memfd of keys, -1: anonymous */
 	struct table *table;
 	int table_fd;
+	struct tls_pair *pair;       /* NULL: no TLS */
+	struct sessions *sessions;   /* NULL: no TLS */
+	int sessions_fd;
 	int listener[LISTEN_MAX];
+	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
 	struct child child[CHILDREN_MAX];
 	uint64_t respawn_ns[WORKERS_MAX];   /* when a slot is filled again; 0: it is filled */
 	uint64_t respawn_ms[WORKERS_MAX];   /* the delay that was used last */
-	struct keys_look {           /* what a look at the keys file saw */
-		uint64_t mtime_ns, size, inode, device;
-		bool there;
-	} loaded, last;
+	struct watched {             /* a file, and what looks at it saw */
+		const char *path;    /* NULL: none */
+		struct look {
+			uint64_t mtime_ns, size, inode, device;
+			bool there;
+		} loaded, last;
+	} watched[WATCHED_COUNT];
 	uint64_t look_ns, now_ns;
+	uint64_t warn_ns;            /* when a certificate that ends soon is warned about again */
 	bool draining;
 	int stops;                   /* TERM and INT that were acted on */
 	uint64_t kill_ns;            /* when workers that do not end are killed; 0: not yet */

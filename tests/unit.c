@@ -622,7 +622,7 @@ test_log_events_are_json(void)
 	struct child child = {.pid = 12, .slot = 1};
 	struct slice lines;
 
-	log_listening(log, "127.0.0.1:1");
+	log_listening(log, "127.0.0.1:1", false);
 	log_ready(log, 2, 3, "127.0.0.1:11434");
 	log_worker_started(log, 0, 12);
 	log_worker_died(log, &child, 9);
@@ -1446,12 +1446,12 @@ keys_file_exposed(const char *text, mode_t mode)
 	char path[] = "/tmp/tinyauth-unit-XXXXXX";
 	int fd = mkstemp(path);
 	struct complaints bad = {.to = STDERR_FILENO, .file = path};
-	struct keys_file file;
+	struct file file;
 
 	CHECK(fd >= 0 && write_whole(fd, slice_of(text)) && fchmod(fd, mode) == 0 && close(fd) == 0);
 	CHECK(keys_read(path, &file, &bad) && slice_is((struct slice){file.p, file.n}, text));
 	bool exposed = keys_exposed(&file);
-	keys_unread(&file);
+	file_forget(&file);
 	CHECK(file.p == NULL);
 	unlink(path);
 	return exposed;
@@ -1486,7 +1486,7 @@ test_keys_unreadable(void)
 	char *text;
 	size_t n;
 	struct complaints bad = {.to = words_begin(), .file = "/nowhere/keys"};
-	struct keys_file file;
+	struct file file;
 
 	CHECK(!keys_read("/nowhere/keys", &file, &bad) && !keys_read("/", &file, &bad) && bad.n == 2);
 	text = words_end(bad.to, &n);
@@ -3442,7 +3442,7 @@ rig_connect(struct rig *r)
 	int fd[2];
 
 	CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fd) == 0);
-	conn_open(r->w, fd[0], &PEER);
+	conn_open(r->w, fd[0], &PEER, false);
 	r->c = r->w->polled.prev;
 	r->client = fd[1];
 }
@@ -4087,7 +4087,7 @@ test_worker_keeps_the_authenticated(void)
 	}
 	CHECK(!worker_make_room(r.w) && r.w->used == 4);
 	CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd) == 0);
-	worker_turn_away(r.w, fd[0], &(struct sockaddr_storage){.ss_family = AF_UNIX}, R_FULL);
+	worker_turn_away(r.w, fd[0], &(struct sockaddr_storage){.ss_family = AF_UNIX}, R_FULL, false, false);
 	CHECK(slice_holds(rig_log(&r), " event=turned_away addr=unix status=503 reason=full\n"));
 	ssize_t n = recv(fd[1], text, sizeof text, MSG_WAITALL);
 	CHECK(n > 0 && answer_parse(&h, (struct slice){text, (size_t)n}) > 0 && h.status == 503 && h.close);
@@ -4114,7 +4114,7 @@ test_worker_accepts(void)
 			close(fd[0]);
 			rig_run(&r);
 		}
-		worker_accept(w, w->listener[0]);
+		worker_accept(w, w->listener[0], false);
 		CHECK(w->used == (i == 0 ? 2 : 3));
 	}
 	ssize_t n = recv(fd[2], text, sizeof text, MSG_WAITALL);
@@ -4250,8 +4250,8 @@ static void
 test_supervisor_looks(void)
 {
 	/* Any change of the keys file shows: its time, size, inode, device, or its absence. */
-	const struct keys_look look = {1, 2, 3, 4, true};
-	struct keys_look other[] = {{9, 2, 3, 4, true}, {1, 9, 3, 4, true}, {1, 2, 9, 4, true}, {1, 2, 3, 9, true},
+	const struct look look = {1, 2, 3, 4, true};
+	struct look other[] = {{9, 2, 3, 4, true}, {1, 9, 3, 4, true}, {1, 2, 9, 4, true}, {1, 2, 3, 9, true},
 	    {1, 2, 3, 4, false}};
 
 	CHECK(look_equal(&look, &look));

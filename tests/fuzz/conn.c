@@ -319,7 +319,7 @@ connect_client(void)
 	world.client[world.clients] = (struct client_side){.fd = pair[0], .theirs = pair[1]};
 	world.at = world.clients++;
 	world.accepts = pair[1];
-	worker_accept(&worker, -1);
+	worker_accept(&worker, -1, false);
 	check_worker();
 }
 

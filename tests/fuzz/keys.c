@@ -195,7 +195,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 	MUST(good == (want.bad == 0) && bad.n == want.bad && map->generation == generation);
 	check_complaints(said, want.bad);
 	MUST(!any || keys_find(map, published, &key));
-	struct keys_file file = {block, in.n, in.n, {.st_mode = 0644}};
+	struct file file = {block, in.n, in.n, {.st_mode = 0644}, true};
 	keys_exposed(&file);
 	MUST(keys_count((struct slice){block, in.n}) <= keys_lines((struct slice){block, in.n}));
 	if (good) {
