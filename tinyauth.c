@@ -55,6 +55,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -66,7 +67,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -77,6 +77,12 @@
 #include <sysexits.h>
 #include <time.h>
 #include <unistd.h>
+
+#if defined(__linux__) && !defined(TINYAUTH_PORTABLE)
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#endif
 
 #include <bearssl.h>
 
@@ -217,6 +223,19 @@ static struct slice
 slice_from(struct slice a, size_t n)
 {
 	return n > a.n ? (struct slice){a.p + a.n, 0} : (struct slice){a.p + n, a.n - n};
+}
+
+/* The next line, without its end. */
+static struct slice
+text_line(struct slice *text)
+{
+	const char *end = memchr(text->p, '\n', text->n);
+	struct slice line = {text->p, end != NULL ? (size_t)(end - text->p) : text->n};
+
+	*text = slice_from(*text, line.n + (end != NULL));
+	if (line.n > 0 && line.p[line.n - 1] == '\r')
+		line.n--;
+	return line;
 }
 
 static void
@@ -526,6 +545,32 @@ out_ip(struct out *o, const struct sockaddr_storage *ss)
 	if (ss->ss_family == AF_INET)
 		v4 = (const unsigned char *)&((const struct sockaddr_in *)ss)->sin_addr;
 	out_print(o, "%d.%d.%d.%d", v4[0], v4[1], v4[2], v4[3]);
+}
+
+/* Sets or asks a limit of this process. musl's setrlimit() brings along what stops threads, of which there are none. */
+static int
+process_limit(int which, const struct rlimit *set, struct rlimit *ask)
+{
+#if defined(__linux__)
+	return prlimit(0, which, set, ask);
+#else
+	return set != NULL ? setrlimit(which, set) : getrlimit(which, ask);
+#endif
+}
+
+/* Standard input, output and error are something, so that no other file is ever taken for them. */
+static void
+descriptors_fill(void)
+{
+	int fd;
+
+	do {
+		fd = open("/dev/null", O_RDWR);
+		if (fd < 0)
+			fd = socket(AF_UNIX, SOCK_DGRAM, 0);   /* in a container without /dev */
+	} while (fd >= 0 && fd <= STDERR_FILENO);
+	if (fd >= 0)
+		close(fd);
 }
 
 /* Processors that this process may run on. */
@@ -859,6 +904,8 @@ log_flush(struct log *log)
 {
 	size_t done = 0;
 
+	if (log->off)
+		log->n = log->dropped = 0;
 	while (done < log->n) {
 		ssize_t n = log_write(log, log->buf + done, log_portion(log, done));
 		if (n <= 0)
@@ -878,13 +925,11 @@ log_flush(struct log *log)
 	return log->n == 0;
 }
 
-/* Takes fd as the log. A pipe or terminal that others share is opened anew if /proc is there, so that it can be
- * non-blocking for us alone. */
+/* Takes fd as the log, as it is. `own`: nobody else has this description, and it does not block. */
 static void
-log_use(struct log *log, int fd)
+log_take(struct log *log, int fd, bool own)
 {
 	struct stat st;
-	char path[32];
 
 	log->fd = fd;
 	log->regular = log->socket = log->own = false;
@@ -892,6 +937,17 @@ log_use(struct log *log, int fd)
 		return;
 	log->regular = S_ISREG(st.st_mode);
 	log->socket = S_ISSOCK(st.st_mode);
+	log->own = own && !log->regular && !log->socket;
+}
+
+/* Takes fd as the log. A pipe or terminal that others share is opened anew if /proc is there, so that it can be
+ * non-blocking for us alone. */
+static void
+log_use(struct log *log, int fd)
+{
+	char path[32];
+
+	log_take(log, fd, false);
 	if (log->regular || log->socket)
 		return;
 	text_print(path, sizeof path, "/proc/self/fd/%d", fd);
@@ -958,6 +1014,18 @@ log_fewer_connections(struct log *log, uint64_t max_conns)
 
 	log_number(log, &o, "max_conns", max_conns);
 	log_text(log, &o, "what", "the limit of open files allows no more; raise it (ulimit -Hn) or lower --max-conns");
+	log_end(log, &o);
+}
+
+/* What holds of the sandbox of the workers. */
+static void
+log_sandbox(struct log *log, const char *event, uint64_t uid, uint64_t gid, struct slice walls)
+{
+	struct out o = log_event(log, event);
+
+	log_number(log, &o, "uid", uid);
+	log_number(log, &o, "gid", gid);
+	log_slice(log, &o, "walls", walls);
 	log_end(log, &o);
 }
 
@@ -1101,7 +1169,7 @@ log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn
  * Never: changes the configuration after start
  * ============================================================================================================= */
 
-enum option_kind { O_TEXT, O_LISTEN, O_UPSTREAM, O_COUNT, O_BURST, O_DURATION, O_RATE, O_FORMAT };
+enum option_kind { O_TEXT, O_LISTEN, O_UPSTREAM, O_TRUST, O_USER, O_COUNT, O_BURST, O_DURATION, O_RATE, O_FORMAT };
 
 struct option_row {
 	char letter;                 /* 0: none */
@@ -1122,6 +1190,9 @@ static const struct option_row OPTIONS[] = {
 	{0, "ip-conns", "N", "64", "open connections per client address", AT(ip_conns), O_COUNT},
 	{0, "tls-cert", "FILE", NULL, "certificate chain (PEM): TLS on every TCP listener", AT(tls_cert), O_TEXT},
 	{0, "tls-key", "FILE", NULL, "its private key (PEM)", AT(tls_key), O_TEXT},
+	{0, "state", "FILE", NULL, "the shared table in a file, for what -i runs and for restarts", AT(state), O_TEXT},
+	{0, "user", "NAME|UID[:GID]", "65534:65534", "what workers become when started as root", 0, O_USER},
+	{0, "trust", "CIDR", NULL, "peers whose PROXY and X-Forwarded-For are believed; repeatable", 0, O_TRUST},
 	{0, "log", "FILE", NULL, "access and event log (stderr); opened anew on SIGUSR1", AT(log), O_TEXT},
 	{0, "log-format", "FORMAT", "logfmt", "logfmt or json", AT(log_format), O_FORMAT},
 	{0, "header-timeout", "TIME", "10s", "for a request's head to be whole", AT(header_ms), O_DURATION},
@@ -1129,6 +1200,7 @@ static const struct option_row OPTIONS[] = {
 	{0, "first-byte-timeout", "TIME", "600s", "for the first byte of the answer", AT(first_byte_ms), O_DURATION},
 	{0, "idle-timeout", "TIME", "600s", "for a body or stream that stands still", AT(idle_ms), O_DURATION},
 	{0, "keepalive-timeout", "TIME", "75s", "for the next request of a connection", AT(keepalive_ms), O_DURATION},
+	{0, "idle-exit", "TIME", NULL, "socket-activated: end when nothing happened for so long", AT(idle_exit_ms), O_DURATION},
 	{0, "drain-timeout", "TIME", "600s", "for running streams when the server stops", AT(drain_ms), O_DURATION},
 };
 #undef AT
@@ -1209,34 +1281,170 @@ addr_split(const char *text, char *host, const char **port, struct mistake *m)
 	return true;
 }
 
-/* One address, or for a name up to `max` of them, IPv4 first: model servers on localhost often have nothing else. */
+/* One address, when it is written as one and not as a name; then *n stays 0, and address_find() looks for it later. */
 static bool
-addr_read(const char *text, struct addr *a, unsigned max, unsigned *n, bool passive, struct mistake *m)
+addr_read(const char *text, struct addr *a, unsigned *n, bool passive, struct mistake *m)
 {
-	struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0)};
-	struct addrinfo *list;
 	char host[NI_MAXHOST] = "";
 	const char *port = NULL;
+	struct sockaddr_in *in = (struct sockaddr_in *)&a->ss;
+	struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)&a->ss;
+	uint64_t number = 0;
 
-	*n = 0;
+	*n = 1;
+	*a = (struct addr){.len = 0};
 	if (strncmp(text, "unix:", 5) == 0)
-		return addr_read_unix(text + 5, a, m) && (*n = 1);
+		return addr_read_unix(text + 5, a, m);
 	if (!addr_split(text, host, &port, m))
 		return false;
 	if (host[0] == '\0' && !passive)
 		return mistake_is(m, "'%s' has no host; write HOST:PORT", text);
-	int error = getaddrinfo(host[0] == '\0' ? "::" : host, port, &hints, &list);
-	if (error != 0)
-		return mistake_is(m, "'%s': cannot find the address of '%s': %s", text, host, gai_strerror(error));
-	for (int family = 0; family < 2; family++)
-		for (struct addrinfo *i = list; i != NULL && *n < max; i = i->ai_next)
-			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
-				memcpy(&a[*n].ss, i->ai_addr, i->ai_addrlen);
-				a[*n].len = i->ai_addrlen;
-				addr_write(&a[(*n)++]);
+	number_read(slice_of(port), &number);
+	if (inet_pton(AF_INET, host, &in->sin_addr) == 1) {
+		in->sin_family = AF_INET;
+		in->sin_port = htons((uint16_t)number);
+		a->len = sizeof *in;
+	} else if (inet_pton(AF_INET6, host[0] == '\0' ? "::" : host, &in6->sin6_addr) == 1) {
+		in6->sin6_family = AF_INET6;
+		in6->sin6_port = htons((uint16_t)number);
+		a->len = sizeof *in6;
+	} else if (strlen(text) < sizeof a->text) {
+		strcpy(a->text, text);
+		*n = 0;
+		return true;
+	} else
+		return mistake_is(m, "'%.*s...' is too long", 40, text);
+	addr_write(a);
+	return true;
+}
+
+static uint16_t
+addr_port(const struct addr *a)
+{
+	if (a->ss.ss_family == AF_INET6)
+		return ntohs(((const struct sockaddr_in6 *)&a->ss)->sin6_port);
+	return a->ss.ss_family == AF_INET ? ntohs(((const struct sockaddr_in *)&a->ss)->sin_port) : 0;
+}
+
+/* The 16 bytes of an address, IPv4 as ::ffff:a.b.c.d; zeros for a unix socket. */
+static void
+ip_of(const struct sockaddr_storage *ss, unsigned char ip[16])
+{
+	memset(ip, 0, 16);
+	if (ss->ss_family == AF_INET6)
+		memcpy(ip, &((const struct sockaddr_in6 *)ss)->sin6_addr, 16);
+	else if (ss->ss_family == AF_INET) {
+		ip[10] = ip[11] = 0xff;
+		memcpy(ip + 12, &((const struct sockaddr_in *)ss)->sin_addr, 4);
+	}
+}
+
+/* The other way round. */
+static struct sockaddr_storage
+ip_address(const unsigned char ip[16])
+{
+	struct sockaddr_storage ss = {.ss_family = AF_UNIX};
+	static const unsigned char NONE[16];
+
+	if (memcmp(ip, NONE, 16) != 0) {
+		ss.ss_family = AF_INET6;
+		memcpy(&((struct sockaddr_in6 *)&ss)->sin6_addr, ip, 16);
+	}
+	return ss;
+}
+
+/* `192.0.2.1`, `2001:db8::1`, also with a port behind it or in brackets. */
+static bool
+ip_read(struct slice text, unsigned char ip[16])
+{
+	char word[INET6_ADDRSTRLEN + 1];
+	struct sockaddr_storage ss = {.ss_family = AF_INET};
+
+	if (text.n > 0 && text.p[0] == '[') {
+		const char *end = memchr(text.p, ']', text.n);
+		text = slice_from((struct slice){text.p, end == NULL ? 0 : (size_t)(end - text.p)}, 1);
+	} else if (memchr(text.p, '.', text.n) != NULL && memchr(text.p, ':', text.n) != NULL && text.p[0] != ':')
+		text.n = (size_t)((const char *)memrchr(text.p, ':', text.n) - text.p);
+	if (text.n == 0 || text.n >= sizeof word || memchr(text.p, '\0', text.n) != NULL)
+		return false;
+	memcpy(word, text.p, text.n);
+	word[text.n] = '\0';
+	if (inet_pton(AF_INET, word, &((struct sockaddr_in *)&ss)->sin_addr) != 1) {
+		ss.ss_family = AF_INET6;
+		if (inet_pton(AF_INET6, word, &((struct sockaddr_in6 *)&ss)->sin6_addr) != 1)
+			return false;
+	}
+	ip_of(&ss, ip);
+	return true;
+}
+
+/* Is the address in one of the networks whose word is believed? */
+static bool
+ip_trusted(const struct config *cfg, const unsigned char ip[16])
+{
+	static const unsigned char LOCAL[16];
+
+	for (unsigned i = 0; i < cfg->trusts; i++) {
+		const struct cidr *net = &cfg->trust[i];
+		size_t whole = net->bits / 8;
+		unsigned rest = net->bits % 8, mask = 0xff00u >> rest & 0xff;
+		if (net->local ? memcmp(ip, LOCAL, 16) == 0
+		               : memcmp(ip, net->ip, whole) == 0 && (rest == 0 || ((ip[whole] ^ net->ip[whole]) & mask) == 0))
+			return true;
+	}
+	return false;
+}
+
+/* `10.0.0.0/8`, `fd00::/8`, one address, or `unix`. */
+static bool
+config_trust(struct config *cfg, const char *value, struct mistake *m)
+{
+	const char *slash = strchr(value, '/');
+	struct slice address = {value, slash == NULL ? strlen(value) : (size_t)(slash - value)};
+	struct cidr net = {.local = strcmp(value, "unix") == 0, .bits = 128};
+	uint64_t bits = 128;
+
+	if (cfg->trusts == TRUST_MAX)
+		return mistake_is(m, "more than %d networks", TRUST_MAX);
+	if (!net.local && !ip_read(address, net.ip))
+		return mistake_is(m, "'%s' is not a network; write ADDRESS, ADDRESS/BITS or unix", value);
+	uint64_t offset = memchr(value, ':', address.n) == NULL ? 96 : 0;
+	if (slash != NULL && (!number_read(slice_of(slash + 1), &bits) || (bits += offset) > 128))
+		return mistake_is(m, "'%s': '%s' is not a number of bits", value, slash + 1);
+	net.bits = (uint8_t)bits;
+	cfg->trust[cfg->trusts++] = net;
+	return true;
+}
+
+/* `NAME`, `UID` or `UID:GID`. A name is looked for in /etc/passwd. */
+static bool
+config_user(struct config *cfg, const char *value, struct mistake *m)
+{
+	const char *colon = strchr(value, ':');
+	struct slice user = {value, colon == NULL ? strlen(value) : (size_t)(colon - value)};
+	struct file f = {.p = NULL};
+	bool found = number_read(user, &cfg->uid);
+
+	cfg->gid = cfg->uid;
+	if (!found && file_read("/etc/passwd", KEYS_FILE_MAX, &f) == NULL) {
+		for (struct slice text = {f.p, f.n}; text.n > 0 && !found;) {
+			struct slice line = text_line(&text), part[4] = {{"", 0}};
+			for (size_t i = 0; i < LENGTH(part); i++) {
+				const char *end = memchr(line.p, ':', line.n);
+				part[i] = (struct slice){line.p, end == NULL ? line.n : (size_t)(end - line.p)};
+				line = slice_from(line, part[i].n + 1);
 			}
-	freeaddrinfo(list);
-	return *n > 0 || mistake_is(m, "'%s' has no IPv4 or IPv6 address", text);
+			found = slice_equal(part[0], user) && number_read(part[2], &cfg->uid) && number_read(part[3], &cfg->gid);
+		}
+		file_forget(&f);
+	}
+	if (!found)
+		return mistake_is(m, "'%s': there is no such user in /etc/passwd; write a name or UID:GID", value);
+	if (colon != NULL && !number_read(slice_of(colon + 1), &cfg->gid))
+		return mistake_is(m, "'%s': the group must be a number", value);
+	if (cfg->uid == 0 || cfg->uid >= UINT32_MAX || cfg->gid >= UINT32_MAX)
+		return mistake_is(m, "'%s': workers never run as root; name another user", value);
+	return true;
 }
 
 static bool
@@ -1250,6 +1458,17 @@ addr_loopback(const struct addr *a)
 }
 
 /* The upstream's own Host: Ollama answers 403 to names that it does not know, and always knows `localhost`. */
+static void
+upstream_host(struct upstream *u)
+{
+	if (u->addr[0].ss.ss_family == AF_UNIX)
+		strcpy(u->host, "localhost");
+	else if (u->addrs > 0 && addr_loopback(&u->addr[0]))
+		text_print(u->host, sizeof u->host, "localhost%s", strrchr(u->text, ':'));
+	else
+		strcpy(u->host, u->text);
+}
+
 static bool
 config_upstream(struct config *cfg, const char *value, struct mistake *m)
 {
@@ -1260,15 +1479,11 @@ config_upstream(struct config *cfg, const char *value, struct mistake *m)
 	cfg->upstream_given = true;
 	if (strlen(value) >= sizeof u->text)
 		return mistake_is(m, "'%.40s...' is too long", value);
-	if (!addr_read(value, u->addr, UPSTREAM_ADDRS, &u->addrs, false, m))
+	if (!addr_read(value, u->addr, &u->addrs, false, m))
 		return false;
+	u->named = u->addrs == 0;
 	strcpy(u->text, value);
-	if (u->addr[0].ss.ss_family == AF_UNIX)
-		strcpy(u->host, "localhost");
-	else if (addr_loopback(&u->addr[0]))
-		text_print(u->host, sizeof u->host, "localhost%s", strrchr(value, ':'));
-	else
-		strcpy(u->host, value);
+	upstream_host(u);
 	return true;
 }
 
@@ -1279,7 +1494,7 @@ config_listen(struct config *cfg, const char *value, struct mistake *m)
 
 	if (cfg->listens == LISTEN_MAX)
 		return mistake_is(m, "more than %d listeners", LISTEN_MAX);
-	if (!addr_read(value, &cfg->listen[cfg->listens], 1, &n, true, m))
+	if (!addr_read(value, &cfg->listen[cfg->listens], &n, true, m))
 		return false;
 	cfg->listens++;
 	return true;
@@ -1344,6 +1559,10 @@ config_set(struct config *cfg, const struct option_row *row, const char *value, 
 		return config_listen(cfg, value, m);
 	case O_UPSTREAM:
 		return config_upstream(cfg, value, m);
+	case O_TRUST:
+		return config_trust(cfg, value, m);
+	case O_USER:
+		return config_user(cfg, value, m);
 	case O_COUNT:
 		return (number_read(slice_of(value), to) && *(uint64_t *)to >= 1 && *(uint64_t *)to <= 1000000) ||
 		       mistake_is(m, "'%s' is not a number from 1 to 1000000", value);
@@ -1380,7 +1599,7 @@ option_variable(const struct option_row *row, char name[VARIABLE_MAX])
 static bool
 config_environment(struct config *cfg, const struct option_row *row, const char *value, struct mistake *m)
 {
-	if (row->kind != O_LISTEN)
+	if (row->kind != O_LISTEN && row->kind != O_TRUST)
 		return config_set(cfg, row, value, m);
 	char *list = strdup(value), *rest = list;
 	bool good = list != NULL;
@@ -1410,6 +1629,8 @@ config_argument(struct config *cfg, char *const *argv, int *i, uint64_t *given, 
 	const struct option_row *row = NULL;
 	struct mistake why;
 
+	if (strcmp(argument, "-i") == 0)
+		return cfg->inetd = true;
 	if (argument[0] == '-' && argument[1] == '-') {
 		size_t n = strcspn(argument + 2, "=");
 		row = option_find(argument + 2, n, 0);
@@ -1544,7 +1765,9 @@ config_help(int to)
 {
 	bool good = say(to, "tinyauth " TINYAUTH_VERSION ": a key in front of a model server\n\n"
 	      "  tinyauth [options]                   serve\n"
-	      "  tinyauth check [options]             check keys file and options, print what would run\n"
+	      "  tinyauth -i [options]                serve the one connection on stdin and stdout (inetd, Accept=yes)\n"
+	      "  tinyauth check [options]             check keys file, certificate and options, print what would run\n"
+	      "  tinyauth check --url URL             ask a server that runs, such as http://127.0.0.1:21434/health\n"
 	      "  tinyauth key add NAME [attr ...]     append a hashed key to the keys file, print its secret once\n"
 	      "  tinyauth key rotate NAME             a new secret, the rest of the line as it was\n"
 	      "  tinyauth key rm NAME                 remove a key\n"
@@ -1711,19 +1934,6 @@ line_field(struct slice *line)
 	field.n = (size_t)(p - field.p);
 	*line = (struct slice){p, (size_t)(end - p)};
 	return field;
-}
-
-/* The next line, without its end. */
-static struct slice
-text_line(struct slice *text)
-{
-	const char *end = memchr(text->p, '\n', text->n);
-	struct slice line = {text->p, end != NULL ? (size_t)(end - text->p) : text->n};
-
-	*text = slice_from(*text, line.n + (end != NULL));
-	if (line.n > 0 && line.p[line.n - 1] == '\r')
-		line.n--;
-	return line;
 }
 
 static bool
@@ -1947,19 +2157,77 @@ table_size(uint64_t rows, uint64_t conns)
 	return sizeof(struct table) + rows * (sizeof(struct conn_row) + conns * sizeof(uint64_t));
 }
 
-static struct table *
-table_new(uint64_t rows, uint64_t conns, int *fd)
+static void
+table_begin(struct table *t, uint64_t rows, uint64_t conns)
 {
-	size_t size = table_size(rows, conns);
-	struct table *t;
-
-	if ((t = map_shared("tinyauth-table", size, fd)) == NULL)
-		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
 	random_fill(t->seed, sizeof t->seed);
-	t->size = size;
+	t->size = table_size(rows, conns);
 	t->rows = (uint32_t)rows;
 	t->conns = (uint32_t)conns;
 	t->magic = TABLE_MAGIC;
+}
+
+static struct table *
+table_new(uint64_t rows, uint64_t conns, int *fd)
+{
+	struct table *t = map_shared("tinyauth-table", table_size(rows, conns), fd);
+
+	if (t == NULL)
+		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
+	table_begin(t, rows, conns);
+	return t;
+}
+
+/* The table that lies in an open file of `size` bytes, when it is one, is whole and has this much room. */
+static struct table *
+table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
+{
+	struct table *t;
+
+	if (size < sizeof *t || (t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED)
+		return NULL;
+	if (t->magic == TABLE_MAGIC && t->size == size && t->rows >= rows && t->conns >= conns &&
+	    table_size(t->rows, t->conns) == size)
+		return t;
+	munmap(t, size);
+	return NULL;
+}
+
+/* The table in a file, which others may use at the same time. One that is broken, of another version or too small is set
+ * aside as FILE.old, and *aside tells. */
+static struct table *
+table_open(const char *path, uint64_t rows, uint64_t conns, int *fd, bool *aside)
+{
+	char old[PATH_MAX];
+	struct stat st, named;
+	struct table *t;
+
+	*aside = false;
+	for (;;) {
+		*fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW, 0600);
+		if (*fd < 0 || flock(*fd, LOCK_EX) != 0 || fstat(*fd, &st) != 0)   /* held while it is looked at or begun */
+			die(EX_CONFIG, "%s: cannot be opened for the shared table: %s; name another with --state", path, strerror(errno));
+		if (!S_ISREG(st.st_mode))
+			die(EX_CONFIG, "%s: is not a regular file; name another with --state", path);
+		bool same = stat(path, &named) == 0 && named.st_ino == st.st_ino && named.st_dev == st.st_dev;
+		if (same && (t = table_in_file(*fd, (size_t)st.st_size, rows, conns)) != NULL)
+			break;
+		text_print(old, sizeof old, "%s.old", path);
+		if (same && st.st_size > 0) {
+			*aside = true;
+			if (rename(path, old) != 0)
+				die(EX_CONFIG, "%s: holds no table, and cannot be set aside: %s; remove it", path, strerror(errno));
+		} else if (same) {
+			size_t size = table_size(rows, conns);
+			if (ftruncate(*fd, (off_t)size) != 0 ||
+			    (t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
+				die(EX_CONFIG, "%s: no room for the shared table: %s", path, strerror(errno));
+			table_begin(t, rows, conns);
+			break;
+		}
+		close(*fd);
+	}
+	flock(*fd, LOCK_UN);
 	return t;
 }
 
@@ -1972,27 +2240,40 @@ table_row(struct table *t, uint32_t number)
 	return (struct conn_row *)((char *)(t + 1) + number * each);
 }
 
-/* A row that no living worker has, emptied; NULL: all are taken. */
-static struct conn_row *
-table_row_take(struct table *t)
-{
-	for (uint32_t i = 0; i < t->rows; i++) {
-		struct conn_row *row = table_row(t, i);
-		if (!row->taken) {
-			row->taken = 1;
-			return row;
-		}
-	}
-	return NULL;
-}
-
 /* Gives back what a worker held, however it ended. */
 static void
 table_row_give(struct conn_row *row)
 {
 	for (uint32_t i = 0; i < row->used; i++)
 		atomic_store_explicit(&row->address[i], 0, memory_order_relaxed);
-	row->used = row->taken = 0;
+	row->used = 0;
+	atomic_store(&row->taken, 0);
+}
+
+/* Rows of processes that are gone, killed for example, are given back. Whoever changes `taken` first does it. */
+static void
+table_recover(struct table *t)
+{
+	for (uint32_t i = 0; i < t->rows; i++) {
+		struct conn_row *row = table_row(t, i);
+		uint32_t pid = atomic_load(&row->taken);
+		if (pid != 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
+		    atomic_compare_exchange_strong(&row->taken, &pid, (uint32_t)getpid()))
+			table_row_give(row);
+	}
+}
+
+/* A row that no living worker has, now this process's; NULL: all are taken. */
+static struct conn_row *
+table_row_take(struct table *t)
+{
+	for (uint32_t i = 0; i < t->rows; i++) {
+		struct conn_row *row = table_row(t, i);
+		uint32_t nobody = 0;
+		if (atomic_compare_exchange_strong(&row->taken, &nobody, (uint32_t)getpid()))
+			return row;
+	}
+	return NULL;
 }
 
 /* How many connections of an address are open in all workers; counting ends at `enough`. */
@@ -3488,6 +3769,116 @@ answer_own(const struct verdict *v, struct out *o)
 		out_bytes(o, body.p, body.n);
 }
 
+/* ---- what a trusted peer says of its clients ----------------------------------------------------------------- */
+
+/* `PROXY TCP4 192.0.2.1 198.51.100.1 56324 443` CR LF, at most 107 bytes: the address is the third word. */
+static int
+proxy_line(struct slice in, unsigned char ip[16])
+{
+	const char *end = memchr(in.p, '\n', in.n < 107 ? in.n : 107);
+	struct slice word[6] = {{"", 0}};
+
+	if (end == NULL)
+		return in.n < 107 ? MORE : -1;
+	if (end[-1] != '\r')
+		return -1;
+	struct slice line = {in.p, (size_t)(end - 1 - in.p)};
+	for (size_t i = 0; i < LENGTH(word); i++) {
+		const char *blank = memchr(line.p, ' ', line.n);
+		word[i] = (struct slice){line.p, blank == NULL ? line.n : (size_t)(blank - line.p)};
+		line = slice_from(line, word[i].n + 1);
+	}
+	bool named = slice_equal(word[1], S("TCP4")) || slice_equal(word[1], S("TCP6"));
+	if (named ? !ip_read(word[2], ip) : !slice_equal(word[1], S("UNKNOWN")))
+		return -1;
+	return (int)(end + 1 - in.p);
+}
+
+/* The binary form: signature, version and command, family, length, addresses, and what we do not need. */
+static int
+proxy_block(struct slice in, unsigned char ip[16])
+{
+	const unsigned char *p = (const unsigned char *)in.p;
+
+	if (in.n < 16)
+		return MORE;
+	size_t n = (size_t)p[14] << 8 | p[15];
+	if (p[12] >> 4 != 2 || (p[12] & 15) > 1 || 16 + n > PROXY_HEAD_MAX)
+		return -1;
+	if (in.n < 16 + n)
+		return MORE;
+	bool v4 = p[13] == 0x11, v6 = p[13] == 0x21;
+	if ((v4 && n < 12) || (v6 && n < 36))
+		return -1;
+	if ((p[12] & 15) == 1 && v4) {
+		struct sockaddr_storage ss = {.ss_family = AF_INET};
+		memcpy(&((struct sockaddr_in *)&ss)->sin_addr, p + 16, 4);
+		ip_of(&ss, ip);
+	} else if ((p[12] & 15) == 1 && v6)
+		memcpy(ip, p + 16, 16);
+	return (int)(16 + n);
+}
+
+enum { PROXY_NONE = INT_MAX };
+
+/* A PROXY header, version 1 or 2, in front of a connection: its length, MORE, PROXY_NONE: there is none, or -1: it is
+ * broken. `ip` is written to when the header names an address. */
+static int
+proxy_parse(struct slice in, unsigned char ip[16])
+{
+	static const struct slice LINE = {"PROXY ", 6}, BLOCK = {"\r\n\r\n\0\r\nQUIT\n", 12};
+
+	for (int block = 0; block < 2; block++) {
+		struct slice mark = block ? BLOCK : LINE;
+		if (memcmp(in.p, mark.p, in.n < mark.n ? in.n : mark.n) != 0)
+			continue;
+		if (in.n < mark.n)
+			return MORE;
+		return block ? proxy_block(in, ip) : proxy_line(in, ip);
+	}
+	return PROXY_NONE;
+}
+
+/* The client's address as trusted peers tell it: the last one in X-Forwarded-For that is not one of theirs. False: there
+ * is none. */
+static bool
+head_forwarded_for(const struct head *h, const struct config *cfg, unsigned char ip[16])
+{
+	unsigned char one[16];
+	bool found = false;
+
+	for (unsigned i = h->fields; i-- > 0;) {
+		if (!slice_like(h->field[i].name, S("X-Forwarded-For")))
+			continue;
+		for (struct slice rest = h->field[i].value; rest.n > 0;) {
+			const char *comma = memrchr(rest.p, ',', rest.n);
+			struct slice word = comma == NULL ? rest : slice_from(rest, (size_t)(comma + 1 - rest.p));
+			rest.n = comma == NULL ? 0 : (size_t)(comma - rest.p);
+			while (word.n > 0 && (word.p[0] == ' ' || word.p[0] == '\t'))
+				word = slice_from(word, 1);
+			while (word.n > 0 && (word.p[word.n - 1] == ' ' || word.p[word.n - 1] == '\t'))
+				word.n--;
+			if (!ip_read(word, one))
+				return found;
+			memcpy(ip, one, 16);
+			found = true;
+			if (!ip_trusted(cfg, one))
+				return true;
+		}
+	}
+	return found;
+}
+
+/* Did the client reach the trusted peer by TLS? */
+static bool
+head_forwarded_https(const struct head *h)
+{
+	for (unsigned i = 0; i < h->fields; i++)
+		if (slice_like(h->field[i].name, S("X-Forwarded-Proto")) && slice_like(h->field[i].value, S("https")))
+			return true;
+	return false;
+}
+
 /* ---- credentials --------------------------------------------------------------------------------------------- */
 
 /* The value of a base64 character, or -1. */
@@ -3586,13 +3977,14 @@ head_credential(const struct head *h)
 struct tls_pair {
 	br_x509_certificate chain[TLS_CHAIN_MAX];
 	size_t certificates;
-	br_skey_decoder_context key;     /* holds the key itself */
+	br_ec_private_key ec;            /* of curve 0: the key is an RSA one */
+	br_rsa_private_key rsa;
 	uint64_t epoch;                  /* stands for the key */
 	uint64_t from_s, until_s;        /* when the certificate is good, in seconds since 1970 */
 	char subject[TLS_WORDS_MAX], names[TLS_WORDS_MAX];
 	struct slice public;             /* the leaf's public key, in der */
 	size_t n;
-	unsigned char der[TLS_DER_MAX];
+	unsigned char der[TLS_DER_MAX];  /* certificates, then the key, to which the above points */
 };
 
 static void
@@ -3751,112 +4143,181 @@ cert_read(struct tls_pair *t, struct slice der)
 	return true;
 }
 
-/* One object of a PEM file, decoded. False: it is not wanted, or `m` says what is wrong with it. */
-typedef bool pem_taker(struct tls_pair *, const char *, struct slice, struct mistake *);
+/* A positive INTEGER without the zeros in front. */
+static struct slice
+der_number(struct slice *in)
+{
+	struct slice number = der_take(in, DER_INTEGER);
+
+	while (number.n > 0 && number.p[0] == 0)
+		number = slice_from(number, 1);
+	return number;
+}
+
+/* What follows the version of an ECPrivateKey [RFC 5915 3]; the curve is named here, or was before. */
+static bool
+key_read_ec(struct tls_pair *t, struct slice in, struct slice curve)
+{
+	static const struct { struct slice oid; int curve; } CURVES[] = {
+		{{"\x2a\x86\x48\xce\x3d\x03\x01\x07", 8}, BR_EC_secp256r1}, {{"\x2b\x81\x04\x00\x22", 5}, BR_EC_secp384r1}};
+	struct slice x = der_take(&in, DER_OCTETS), parameters;
+
+	if (curve.n == 0 && der_next(&in, &parameters) == DER_VERSION)   /* the same tag, [0] */
+		curve = der_take(&parameters, DER_OID);
+	for (size_t i = 0; i < LENGTH(CURVES); i++)
+		if (slice_equal(curve, CURVES[i].oid))
+			t->ec = (br_ec_private_key){CURVES[i].curve, (unsigned char *)(uintptr_t)x.p, x.n};
+	return t->ec.curve != 0 && x.n > 0;
+}
+
+/* What follows the version of an RSAPrivateKey [RFC 8017 A.1.2]. */
+static bool
+key_read_rsa(struct tls_pair *t, struct slice in)
+{
+	struct slice n = der_number(&in), part[7];   /* e, d, p, q, d mod p-1, d mod q-1, 1/q mod p */
+
+	for (size_t i = 0; i < LENGTH(part); i++)
+		if ((part[i] = der_number(&in)).n == 0)
+			return false;
+	if (n.n == 0 || n.n > TLS_RSA_MAX)
+		return false;
+	t->rsa = (br_rsa_private_key){(uint32_t)n.n * 8,
+	    (unsigned char *)(uintptr_t)part[2].p, part[2].n, (unsigned char *)(uintptr_t)part[3].p, part[3].n,
+	    (unsigned char *)(uintptr_t)part[4].p, part[4].n, (unsigned char *)(uintptr_t)part[5].p, part[5].n,
+	    (unsigned char *)(uintptr_t)part[6].p, part[6].n};
+	for (unsigned char top = (unsigned char)n.p[0]; !(top & 0x80); top = (unsigned char)(top << 1))
+		t->rsa.n_bitlen--;
+	return true;
+}
+
+/* A private key as PKCS #8 [RFC 5208 5] or in its older forms. */
+static bool
+key_read(struct tls_pair *t, struct slice der)
+{
+	struct slice body = der_take(&der, DER_SEQUENCE), curve = {"", 0};
+
+	der_take(&body, DER_INTEGER);
+	if (body.n > 0 && body.p[0] == DER_SEQUENCE) {
+		struct slice algorithm = der_take(&body, DER_SEQUENCE);
+		der_take(&algorithm, DER_OID);
+		curve = der_take(&algorithm, DER_OID);
+		der = der_take(&body, DER_OCTETS);
+		body = der_take(&der, DER_SEQUENCE);
+		der_take(&body, DER_INTEGER);
+	}
+	return body.n > 0 && body.p[0] == DER_INTEGER ? key_read_rsa(t, body) : key_read_ec(t, body, curve);
+}
+
+/* The next object of a PEM text [RFC 7468 2], decoded where it stands. 1, 0: there is none, -1: it is broken. */
+static int
+pem_next(struct slice *text, struct slice *label, struct slice *der)
+{
+	static const struct slice BEGIN = {"-----BEGIN ", 11}, END = {"-----END ", 9};
+
+	while (text->n > 0) {
+		struct slice line = text_line(text);
+		if (!slice_starts_like(line, BEGIN))
+			continue;
+		line = slice_from(line, BEGIN.n);
+		const char *dashes = memchr(line.p, '-', line.n);
+		*label = (struct slice){line.p, dashes == NULL ? line.n : (size_t)(dashes - line.p)};
+		char *to = (char *)(uintptr_t)text->p;
+		for (size_t n = 0; text->n > 0; n += line.n) {
+			line = text_line(text);
+			while (line.n > 0 && (line.p[line.n - 1] == ' ' || line.p[line.n - 1] == '\t'))
+				line.n--;
+			if (slice_starts_like(line, END)) {
+				*der = (struct slice){to, n};
+				return base64_decode(to, &der->n) ? 1 : -1;
+			}
+			if (slice_starts_like(line, S("Proc-Type:"))) {   /* an older way to encrypt */
+				*label = S("ENCRYPTED PRIVATE KEY");
+				*der = (struct slice){to, 0};
+				return 1;
+			}
+			memmove(to + n, line.p, line.n);
+		}
+		return -1;
+	}
+	return 0;
+}
 
 static bool
-pem_certificate(struct tls_pair *t, const char *name, struct slice der, struct mistake *m)
+pem_certificate(struct tls_pair *t, struct slice label, struct slice der, struct mistake *m)
 {
-	if (strcmp(name, "CERTIFICATE") != 0 && strcmp(name, "X509 CERTIFICATE") != 0)
-		return false;
+	if (!slice_equal(label, S("CERTIFICATE")) && !slice_equal(label, S("X509 CERTIFICATE")))
+		return true;
 	if (t->certificates == TLS_CHAIN_MAX)
 		return mistake_is(m, "holds more than %d certificates; leave out those that the chain does not need", TLS_CHAIN_MAX);
 	if (t->certificates == 0 && !cert_read(t, der))
 		return mistake_is(m, "the first certificate cannot be read; put the server's own first");
 	t->chain[t->certificates++] = (br_x509_certificate){(unsigned char *)(uintptr_t)der.p, der.n};
+	t->n += der.n;
 	return true;
 }
 
 static bool
-pem_key(struct tls_pair *t, const char *name, struct slice der, struct mistake *m)
+pem_key(struct tls_pair *t, struct slice label, struct slice der, struct mistake *m)
 {
-	if (strcmp(name, "ENCRYPTED PRIVATE KEY") == 0)
+	static const struct slice KEY = {"PRIVATE KEY", 11};
+
+	if (slice_equal(label, S("ENCRYPTED PRIVATE KEY")))
 		return mistake_is(m, "the key is encrypted; write it without a passphrase: openssl pkey -in FILE -out NEW");
-	if (strstr(name, "PRIVATE KEY") == NULL || br_skey_decoder_key_type(&t->key) != 0)
-		return false;
-	br_skey_decoder_init(&t->key);
-	br_skey_decoder_push(&t->key, der.p, der.n);
-	wipe((char *)(uintptr_t)der.p, der.n);
-	t->n = (size_t)((const unsigned char *)der.p - t->der);
-	return br_skey_decoder_last_error(&t->key) == 0 ||
-	       mistake_is(m, "the key cannot be read; make an EC (P-256, P-384) or RSA key, unencrypted");
+	if (label.n < KEY.n || !slice_equal(slice_from(label, label.n - KEY.n), KEY) || t->ec.curve != 0 || t->rsa.n_bitlen != 0)
+		return true;
+	t->n += der.n;
+	return key_read(t, der) || mistake_is(m, "the key cannot be read; make an EC key on P-256 or P-384, or an RSA key");
 }
 
-static void
-pem_append(void *to, const void *p, size_t n)
-{
-	struct tls_pair *t = to;
-	size_t room = sizeof t->der - t->n;
-
-	memcpy(t->der + t->n, p, n < room ? n : room);
-	t->n += n < room ? n : room;
-}
-
-/* Reads a PEM file and gives what is in it to `take`. */
+/* Reads a PEM file and gives each object in it to `take`, in the place that it will stay in when it is wanted. */
 static bool
-pem_read(struct tls_pair *t, const char *path, pem_taker *take, struct mistake *m)
+pem_read(struct tls_pair *t, const char *path, bool (*take)(struct tls_pair *, struct slice, struct slice, struct mistake *),
+    struct mistake *m)
 {
-	br_pem_decoder_context pem;
 	struct file f;
-	size_t from = t->n;
-	char name[sizeof pem.name] = "";
+	struct slice label, der;
+	struct mistake what;
 	const char *why = file_read(path, TLS_FILE_MAX, &f);
+	int found = 0;
+	bool good = why == NULL || mistake_is(&what, "cannot be read: %s", why);
 
-	if (why != NULL)
-		return mistake_is(m, "%s: cannot be read: %s", path, why);
-	struct slice text = {f.p, f.n}, end = S("\n");   /* whose last line may lack its end */
-	struct mistake what = {""};
-	br_pem_decoder_init(&pem);
-	while (text.n > 0 || (end.n > 0 && (text = end, end.n = 0, true))) {
-		text = slice_from(text, br_pem_decoder_push(&pem, text.p, text.n));
-		int event = br_pem_decoder_event(&pem);
-		if (event == BR_PEM_BEGIN_OBJ) {
-			strcpy(name, br_pem_decoder_name(&pem));
-			from = t->n;
-			br_pem_decoder_setdest(&pem, pem_append, t);
-		} else if (event == BR_PEM_END_OBJ && !take(t, name, (struct slice){(char *)t->der + from, t->n - from}, &what))
-			t->n = from;
-		else if (event == BR_PEM_ERROR)
-			mistake_is(&what, "is not PEM: a line that is not base64, or an END that does not fit");
-		if (t->n == sizeof t->der)
-			mistake_is(&what, "holds more than %d bytes", TLS_DER_MAX);
-		if (what.text[0] != '\0')
-			break;
+	for (struct slice text = {f.p, f.n}; good && (found = pem_next(&text, &label, &der)) != 0;) {
+		if (found < 0)
+			good = mistake_is(&what, "is not PEM: a line that is not base64, or no END");
+		else if (der.n > sizeof t->der - t->n)
+			good = mistake_is(&what, "holds more than %d bytes", TLS_DER_MAX);
+		else {
+			char *place = memcpy(t->der + t->n, der.p, der.n);
+			good = take(t, label, (struct slice){place, der.n}, &what);
+		}
 	}
-	wipe(&pem, sizeof pem);
 	file_forget(&f);
-	return what.text[0] == '\0' || mistake_is(m, "%s: %s", path, what.text);
+	return good || mistake_is(m, "%s: %s", path, what.text);
 }
 
 /* What computes on the curve of an EC key. */
 static const br_ec_impl *
 pair_curve(const struct tls_pair *t)
 {
-	return br_skey_decoder_get_ec(&t->key)->curve == BR_EC_secp256r1 ? &br_ec_p256_m31 : &br_ec_prime_i31;
+	return t->ec.curve == BR_EC_secp256r1 ? &br_ec_p256_m31 : &br_ec_prime_i31;
 }
 
 /* Is the certificate's public key that of our key? Also the key's strength, and what stands for it from now on. */
 static bool
 pair_matches(struct tls_pair *t, const char *path, struct mistake *m)
 {
-	unsigned char public[BR_EC_KBUF_PUB_MAX_SIZE > 512 ? BR_EC_KBUF_PUB_MAX_SIZE : 512], digest[32];
-	const br_ec_private_key *ec = br_skey_decoder_get_ec(&t->key);
-	const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(&t->key);
+	unsigned char public[TLS_RSA_MAX], digest[32];
 	struct slice ours = {(char *)public, 0}, theirs = t->public;
 	br_sha256_context sha;
 
-	if (ec != NULL) {
-		if (ec->curve != BR_EC_secp256r1 && ec->curve != BR_EC_secp384r1)
-			return mistake_is(m, "%s: the key's curve is not served; make one on P-256 or P-384, or an RSA key", path);
-		ours.n = br_ec_compute_pub(pair_curve(t), NULL, public, ec);
-	} else {
-		if (rsa->n_bitlen < 2048 || rsa->n_bitlen > 4096)
-			return mistake_is(m, "%s: the RSA key has %u bits; 2048 to 4096 are served", path, rsa->n_bitlen);
-		ours.n = br_rsa_i31_compute_modulus(public, rsa);
+	if (t->ec.curve != 0)
+		ours.n = br_ec_compute_pub(pair_curve(t), NULL, public, &t->ec);
+	else {
+		if (t->rsa.n_bitlen < 2048 || t->rsa.n_bitlen > 4096)
+			return mistake_is(m, "%s: the RSA key has %u bits; 2048 to 4096 are served", path, t->rsa.n_bitlen);
+		ours.n = br_rsa_i31_compute_modulus(public, &t->rsa);
 		struct slice numbers = der_take(&theirs, DER_SEQUENCE);
-		theirs = der_take(&numbers, DER_INTEGER);
-		if (theirs.n > 0 && theirs.p[0] == 0)
-			theirs = slice_from(theirs, 1);
+		theirs = der_number(&numbers);
 	}
 	if (!slice_equal(ours, theirs))
 		return mistake_is(m, "%s: the key is not that of the certificate; name the pair that belongs together", path);
@@ -3893,7 +4354,7 @@ pair_load(const char *cert, const char *key, uint64_t now_s, struct mistake *m)
 	bool good = pem_read(t, cert, pem_certificate, m) && pem_read(t, key, pem_key, m);
 	if (good && t->certificates == 0)
 		good = mistake_is(m, "%s: holds no certificate in PEM form", cert);
-	if (good && br_skey_decoder_key_type(&t->key) == 0)
+	if (good && t->ec.curve == 0 && t->rsa.n_bitlen == 0)
 		good = mistake_is(m, "%s: holds no private key in PEM form", key);
 	if (good && t->until_s <= now_s) {
 		date_write(date, t->until_s);
@@ -3913,6 +4374,7 @@ struct tls {
 	const struct tls_pair *pair;
 	struct sessions *sessions;           /* NULL: nothing is resumed */
 	const uint16_t *suites;
+	size_t suites_n;
 	const br_block_ctr_class *aes;
 	br_ghash ghash;
 	char *stage;                         /* records on their way into an engine; empty between two calls */
@@ -3938,32 +4400,35 @@ enum { STAGE = 32768, PAGE = 4096, TLS_PLACE = (sizeof(struct tls_link) + PAGE -
 /* What suits the processor: each constant-time, the faster one where there are two. */
 #if defined(__x86_64__)
 #define TLS_CHACHA20 br_chacha20_sse2_run
+#define TLS_AES NULL
+#define TLS_GHASH NULL
+#elif defined(__SIZEOF_INT128__)
+#define TLS_CHACHA20 br_chacha20_ct_run
+#define TLS_AES &br_aes_ct64_ctr_vtable
+#define TLS_GHASH br_ghash_ctmul64
 #else
 #define TLS_CHACHA20 br_chacha20_ct_run
+#define TLS_AES &br_aes_ct_ctr_vtable
+#define TLS_GHASH br_ghash_ctmul32
 #endif
 #if defined(__SIZEOF_INT128__)
 #define TLS_POLY1305 br_poly1305_ctmulq_run
 #define TLS_RSA_PRIVATE br_rsa_i62_private
 #define TLS_RSA_SIGN br_rsa_i62_pkcs1_sign
-#define TLS_AES br_aes_ct64_ctr_vtable
-#define TLS_GHASH br_ghash_ctmul64
 #else
 #define TLS_POLY1305 br_poly1305_ctmul_run
 #define TLS_RSA_PRIVATE br_rsa_i31_private
 #define TLS_RSA_SIGN br_rsa_i31_pkcs1_sign
-#define TLS_AES br_aes_ct_ctr_vtable
-#define TLS_GHASH br_ghash_ctmul32
 #endif
 
-static const uint16_t SUITES_AES[] = {
-	BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-	BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384};
-/* Where the processor has no instructions for AES. */
-static const uint16_t SUITES_CHACHA[LENGTH(SUITES_AES)] = {
+/* AES first where the processor has instructions for it, else ChaCha20; x86_64 without them does no AES at all, because
+ * code for that would be 5 KB for machines that nearly nobody has. */
+static const uint16_t SUITES[] = {
 	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 	BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-	BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384};
+	BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256};
+enum { SUITES_CHACHA_FIRST = 0, SUITES_AES_FIRST = 2, SUITES_ALL = 6, SUITES_CHACHA = 2 };
 
 static void
 session_save(const br_ssl_session_cache_class **cache, br_ssl_server_context *sc, const br_ssl_session_parameters *params)
@@ -4016,11 +4481,14 @@ tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 	home->sessions = sessions;
 	home->stage = map_new(STAGE, MAP_PRIVATE);
 	home->aes = br_aes_x86ni_ctr_get_vtable();
-	home->suites = home->aes != NULL ? SUITES_AES : SUITES_CHACHA;
-	if (home->aes == NULL)
-		home->aes = &TLS_AES;
-	if ((home->ghash = br_ghash_pclmul_get()) == NULL)
+	home->ghash = br_ghash_pclmul_get();
+	bool fast = home->aes != NULL && home->ghash != NULL;
+	home->suites = SUITES + (fast ? SUITES_AES_FIRST : SUITES_CHACHA_FIRST);
+	home->suites_n = fast || TLS_AES != NULL ? SUITES_ALL : SUITES_CHACHA;
+	if (!fast) {
+		home->aes = TLS_AES;
 		home->ghash = TLS_GHASH;
+	}
 	for (size_t i = max; i-- > 0;) {
 		struct tls_link *t = (struct tls_link *)(void *)(place + i * TLS_PLACE);
 		t->next = home->free;
@@ -4039,7 +4507,7 @@ tls_profile(struct tls_link *t)
 
 	br_ssl_server_zero(&t->sc);
 	br_ssl_engine_set_versions(eng, BR_TLS12, BR_TLS12);
-	br_ssl_engine_set_suites(eng, home->suites, LENGTH(SUITES_AES));
+	br_ssl_engine_set_suites(eng, home->suites, home->suites_n);
 	br_ssl_engine_add_flags(eng, BR_OPT_ENFORCE_SERVER_PREFERENCES | BR_OPT_NO_RENEGOTIATION | BR_OPT_FAIL_ON_ALPN_MISMATCH);
 	br_ssl_engine_set_protocol_names(eng, PROTOCOLS, LENGTH(PROTOCOLS));
 	br_ssl_engine_set_hash(eng, br_sha256_ID, &br_sha256_vtable);
@@ -4055,12 +4523,12 @@ tls_profile(struct tls_link *t)
 	br_ssl_engine_set_poly1305(eng, TLS_POLY1305);
 	br_ssl_engine_set_ec(eng, &br_ec_p256_m31);   /* ECDHE on P-256, which every client knows */
 	br_ssl_server_set_cache(&t->sc, (const br_ssl_session_cache_class **)(uintptr_t)&home->cache);
-	if (br_skey_decoder_key_type(&home->pair->key) == BR_KEYTYPE_EC)
-		br_ssl_server_set_single_ec(&t->sc, home->pair->chain, home->pair->certificates, br_skey_decoder_get_ec(&home->pair->key),
-		    BR_KEYTYPE_SIGN, 0, pair_curve(home->pair), br_ecdsa_i31_sign_asn1);
+	if (home->pair->ec.curve != 0)
+		br_ssl_server_set_single_ec(&t->sc, home->pair->chain, home->pair->certificates, &home->pair->ec, BR_KEYTYPE_SIGN, 0,
+		    pair_curve(home->pair), br_ecdsa_i31_sign_asn1);
 	else
-		br_ssl_server_set_single_rsa(&t->sc, home->pair->chain, home->pair->certificates,
-		    br_skey_decoder_get_rsa(&home->pair->key), BR_KEYTYPE_SIGN, TLS_RSA_PRIVATE, TLS_RSA_SIGN);
+		br_ssl_server_set_single_rsa(&t->sc, home->pair->chain, home->pair->certificates, &home->pair->rsa, BR_KEYTYPE_SIGN,
+		    TLS_RSA_PRIVATE, TLS_RSA_SIGN);
 }
 
 /* Gives a TLS link back to the pool; nothing of it remains readable. */
@@ -4091,7 +4559,7 @@ socket_read(struct link *l, void *p, size_t room)
 	ssize_t n;
 
 	do
-		n = recv(l->fd, p, room, 0);
+		n = l->out == l->fd ? recv(l->fd, p, room, 0) : read(l->fd, p, room);
 	while (n < 0 && errno == EINTR);
 	if (n < (ssize_t)room)
 		l->seen &= (short)~POLLIN;
@@ -4110,7 +4578,7 @@ socket_write(struct link *l, const void *p, size_t n)
 		return LINK_AGAIN;
 	l->blocked = false;
 	do
-		done = send(l->fd, p, n, MSG_NOSIGNAL);
+		done = l->out == l->fd ? send(l->fd, p, n, MSG_NOSIGNAL) : write(l->out, p, n);
 	while (done < 0 && errno == EINTR);
 	if (done < (ssize_t)n) {
 		l->blocked = true;
@@ -4256,7 +4724,45 @@ tls_write(struct link *l, const char *p, size_t n)
 static void
 link_open(struct link *l, int fd)
 {
-	*l = (struct link){.fd = fd};
+	*l = (struct link){.fd = fd, .out = fd};
+}
+
+/* Are these the two ends of pipes instead of a socket? The end of input is then no sign that anybody left. [r32] */
+static bool
+link_piped(const struct link *l)
+{
+	return l->out != l->fd;
+}
+
+/* Which descriptor poll looks at for these events, and which of them. */
+static int
+link_poll(const struct link *l, short *events)
+{
+	if (!link_piped(l))
+		return *events != 0 ? l->fd : -1;
+	*events &= POLLIN | POLLOUT;
+	if (*events & POLLOUT)
+		*events = POLLOUT;
+	return *events == 0 ? -1 : *events == POLLOUT ? l->out : l->fd;
+}
+
+/* What came first, without taking it, and the taking. */
+static ssize_t
+link_peek(struct link *l, char *p, size_t room)
+{
+	ssize_t n = recv(l->fd, p, room, MSG_PEEK | MSG_DONTWAIT);
+
+	return n >= 0 ? n : errno == EAGAIN || errno == EINTR ? LINK_AGAIN : LINK_FAILED;
+}
+
+/* Poll tells of this many bytes only, or of the end. */
+static void
+link_await(struct link *l, size_t n)
+{
+	int bytes = (int)n;
+
+	setsockopt(l->fd, SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof bytes);
+	l->seen &= (short)~POLLIN;
 }
 
 /* The link speaks TLS from now on, its handshake comes first. False: there are no random bytes for it. */
@@ -4367,6 +4873,8 @@ static bool
 link_left(struct link *l, bool *cut)
 {
 	*cut = false;
+	if (link_piped(l))
+		return false;
 	if (l->tls == NULL)
 		return l->seen & SEEN_GONE;
 	while (l->seen & SEEN_READ && link_looks_ahead(l) && br_ssl_engine_current_state(&l->tls->sc.eng) & BR_SSL_RECVREC)
@@ -4468,6 +4976,8 @@ link_close(struct link *l, bool reset)
 	if (reset)
 		setsockopt(l->fd, SOL_SOCKET, SO_LINGER, &hard, sizeof hard);
 	close(l->fd);
+	if (link_piped(l))
+		close(l->out);
 	tls_drop(l);
 	link_open(l, -1);
 }
@@ -4673,6 +5183,7 @@ pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
 
 enum step { STEP_WAIT, STEP_AGAIN, STEP_CLOSE };
 
+static enum step step_new(struct worker *, struct conn *);
 static enum step step_tls(struct worker *, struct conn *);
 static enum step step_head(struct worker *, struct conn *);
 static enum step step_connect(struct worker *, struct conn *);
@@ -4691,6 +5202,7 @@ static const struct state_row {
 } STATES[STATES_COUNT] = {
 #define MS(member) offsetof(struct config, member)
 	[S_FREE] = {"free", MS(idle_ms), NULL, R_NONE, false},
+	[S_NEW] = {"new", MS(header_ms), step_new, R_NONE, true},
 	[S_TLS] = {"tls", MS(handshake_ms), step_tls, R_NONE, true},
 	[S_OPEN] = {"open", MS(header_ms), step_head, R_NONE, true},
 	[S_IDLE] = {"idle", MS(keepalive_ms), step_head, R_NONE, true},
@@ -4785,6 +5297,57 @@ conn_enter(struct worker *w, struct conn *c, enum state state)
 	c->young = &w->waiting;
 	c->old->young = w->waiting.old = c;
 	c->waiting = true;
+}
+
+/* ---- who the client is --------------------------------------------------------------------------------------- */
+
+/* Tells the other workers of an open connection of an address; id 0: it is closed. */
+static void
+conn_count(struct worker *w, const struct conn *c, uint64_t id)
+{
+	uint32_t at = (uint32_t)(c - w->conns);
+
+	if (w->row == NULL)
+		return;
+	if (id != 0)
+		atomic_fetch_add_explicit(&w->row->accepts, 1, memory_order_relaxed);
+	atomic_store_explicit(&w->row->address[at], id, memory_order_relaxed);
+	if (w->row->used <= at)
+		w->row->used = at + 1;
+}
+
+/* A peer's address in words. */
+static void
+addr_text(const struct sockaddr_storage *peer, char text[ADDR_TEXT_MAX])
+{
+	struct out o = {text, 0, ADDR_TEXT_MAX - 1, false};
+
+	if (peer->ss_family == AF_INET || peer->ss_family == AF_INET6)
+		out_ip(&o, peer);
+	else
+		out_text(&o, "unix");
+	text[o.n] = '\0';
+}
+
+/* From now on this address is the client's. */
+static void
+conn_name(struct worker *w, struct conn *c, const unsigned char ip[16])
+{
+	struct sockaddr_storage ss = ip_address(ip);
+
+	c->addr_id = table_address_id(w->table, &ss);
+	addr_text(&ss, c->addr);
+}
+
+/* A trusted peer says of each request whose it is. */
+static void
+conn_name_forwarded(struct worker *w, struct conn *c)
+{
+	unsigned char ip[16];
+
+	memcpy(ip, c->peer, sizeof ip);
+	head_forwarded_for(&w->head, &config, ip);
+	conn_name(w, c, ip);
 }
 
 /* ---- a request's life ---------------------------------------------------------------------------------------- */
@@ -4981,6 +5544,8 @@ step_linger(struct worker *w, struct conn *c)
 
 	if (c->client.blocked)
 		link_shut(&c->client);
+	if (link_piped(&c->client))
+		return STEP_CLOSE;
 	for (int reads = 0; reads < MOVES_MAX && c->client.seen & SEEN_READ; reads++) {
 		n = link_discard(&c->client, waste, BUF_SIZE);
 		if (n == LINK_AGAIN)
@@ -5111,6 +5676,62 @@ step_tls(struct worker *w, struct conn *c)
 	return STEP_AGAIN;
 }
 
+/* A connection begins: in TLS, in plain, or by being one too many. */
+static enum step
+conn_begin(struct worker *w, struct conn *c)
+{
+	if (c->secure && !link_secure(&c->client, w->tls))
+		return STEP_CLOSE;
+	if (!c->secure && c->refused != R_NONE)
+		return conn_turn_away(w, c, c->refused);
+	conn_enter(w, c, c->secure ? S_TLS : S_OPEN);
+	return STEP_AGAIN;
+}
+
+/* A trusted peer may say first for whom it connects. What it says is taken off before anything else is read. */
+static enum step
+step_new(struct worker *w, struct conn *c)
+{
+	char in[PROXY_HEAD_MAX];
+	unsigned char ip[16];
+
+	if (!c->trusted)
+		return conn_begin(w, c);
+	ssize_t n = link_peek(&c->client, in, sizeof in);
+	if (n == LINK_AGAIN)
+		return STEP_WAIT;
+	if (n <= 0)
+		return STEP_CLOSE;
+	memcpy(ip, c->peer, sizeof ip);
+	int used = proxy_parse((struct slice){in, (size_t)n}, ip);
+	if (used == MORE && n < (ssize_t)sizeof in && !(c->client.seen & SEEN_GONE)) {
+		link_await(&c->client, (size_t)n + 1);
+		return STEP_WAIT;
+	}
+	if (used == MORE || used < 0) {
+		log_turned_away(w->log, w->wall_ms, c->addr, 400, "bad_proxy_header");
+		return STEP_CLOSE;
+	}
+	link_await(&c->client, 1);
+	c->client.seen |= POLLIN;
+	if (used == PROXY_NONE)
+		return conn_begin(w, c);
+	if (link_discard(&c->client, in, (size_t)used) != used)
+		return STEP_CLOSE;
+	c->client.seen |= POLLIN;            /* what follows is often there already */
+	if (memcmp(ip, c->peer, sizeof ip) != 0) {
+		memcpy(c->peer, ip, sizeof ip);
+		conn_name(w, c, ip);
+		conn_count(w, c, 0);
+		bool many = table_connections(w->table, c->addr_id, config.ip_conns) >= config.ip_conns;
+		c->refused = (uint8_t)(many ? R_IP_CONNS : R_NONE);
+		if (many)
+			log_turned_away(w->log, w->wall_ms, c->addr, REASONS[R_IP_CONNS].status, REASONS[R_IP_CONNS].word);
+		conn_count(w, c, c->addr_id);
+	}
+	return conn_begin(w, c);
+}
+
 /* Connects to the upstream's next address that takes the attempt. */
 static enum step
 conn_connect(struct worker *w, struct conn *c)
@@ -5119,6 +5740,7 @@ conn_connect(struct worker *w, struct conn *c)
 
 	link_close(&c->upstream, false);
 	for (; r->address < config.upstream.addrs; r->address++) {
+		w->connect_failed |= r->address > 0;
 		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0) {
 			conn_enter(w, c, S_CONNECT);
 			return STEP_AGAIN;
@@ -5128,6 +5750,7 @@ conn_connect(struct worker *w, struct conn *c)
 			return conn_refuse(w, c, R_FULL);
 		}
 	}
+	w->connect_failed = true;
 	return conn_refuse_upstream(w, c, R_UPSTREAM_REFUSED);
 }
 
@@ -5146,7 +5769,7 @@ conn_forward(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 	struct out o = pipe_build(w, &c->req);
-	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = c->client.tls != NULL ? S("https") : S("http"),
+	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = c->client.tls != NULL || (c->trusted && head_forwarded_https(&w->head)) ? S("https") : S("http"),
 	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head), .close = head_hides_body(&w->head)};
 
 	r->upgrade = to.upgrade;
@@ -5182,6 +5805,8 @@ step_head(struct worker *w, struct conn *c)
 		return conn_refuse_head(w, c, reason_of_status(-n));
 	if (n > 0) {
 		request_begin(w, c, (size_t)n);
+		if (c->trusted)
+			conn_name_forwarded(w, c);
 		enum reason reason = conn_admit(w, c);
 		return reason != R_NONE ? conn_refuse(w, c, reason) : conn_forward(w, c);
 	}
@@ -5218,9 +5843,10 @@ step_connect(struct worker *w, struct conn *c)
 {
 	struct pipe *p = &c->req;
 	uint64_t before = p->out;
+	enum reason left;
 
-	if (c->client.seen & SEEN_GONE)
-		return request_abandon(w, c, conn_left(c));
+	if (c->client.seen & SEEN_GONE && (left = conn_left(c)) != R_NONE)
+		return request_abandon(w, c, left);
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	if (pipe_flush(p, &c->upstream) < 0) {
@@ -5477,19 +6103,6 @@ step_tunnel(struct worker *w, struct conn *c)
 
 /* ---- the whole connection ------------------------------------------------------------------------------------ */
 
-/* Tells the other workers of an open connection of an address; id 0: it is closed. */
-static void
-conn_count(struct worker *w, const struct conn *c, uint64_t id)
-{
-	uint32_t at = (uint32_t)(c - w->conns);
-
-	if (w->row == NULL)
-		return;
-	atomic_store_explicit(&w->row->address[at], id, memory_order_relaxed);
-	if (w->row->used <= at)
-		w->row->used = at + 1;
-}
-
 /* The only place where a connection ends: closes its links, wipes and returns its buffers. */
 static void
 conn_close(struct worker *w, struct conn *c)
@@ -5512,21 +6125,8 @@ conn_close(struct worker *w, struct conn *c)
 	w->used--;
 }
 
-/* A peer's address in words. */
-static void
-addr_text(const struct sockaddr_storage *peer, char text[ADDR_TEXT_MAX])
-{
-	struct out o = {text, 0, ADDR_TEXT_MAX - 1, false};
-
-	if (peer->ss_family == AF_INET || peer->ss_family == AF_INET6)
-		out_ip(&o, peer);
-	else
-		out_text(&o, "unix");
-	text[o.n] = '\0';
-}
-
 static struct conn *
-conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer, bool secure)
+conn_open(struct worker *w, int fd, int out, const struct sockaddr_storage *peer, bool secure)
 {
 	struct conn *c = w->free_conn;
 
@@ -5534,7 +6134,11 @@ conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer, bool se
 	w->used++;
 	memset(c, 0, sizeof *c);
 	link_open(&c->client, fd);
+	c->client.out = out;
 	link_open(&c->upstream, -1);
+	ip_of(peer, c->peer);
+	c->secure = secure;
+	c->trusted = config.trusts > 0 && ip_trusted(&config, c->peer);
 	pipe_empty(&c->req);
 	pipe_empty(&c->resp);
 	c->resp.side = 1;
@@ -5544,7 +6148,7 @@ conn_open(struct worker *w, int fd, const struct sockaddr_storage *peer, bool se
 	c->next = &w->polled;
 	c->prev = w->polled.prev;
 	c->prev->next = w->polled.prev = c;
-	conn_enter(w, c, secure && link_secure(&c->client, w->tls) ? S_TLS : S_OPEN);
+	conn_enter(w, c, S_NEW);
 	return c;
 }
 
@@ -5625,9 +6229,470 @@ conn_late(struct worker *w, struct conn *c)
 
 /* ============================================================================================================= *
  * SANDBOX
- * Owns: what a worker may not do any more: uid, chroot, rlimits, seccomp, Landlock. Not furnished yet: a worker runs as
- *       whoever started it
+ * Owns: what a process may not do any more: user, root directory, limits, Landlock, seccomp
+ * Calls: BASICS, CONFIG (the user, the upstream's port)
+ * Promises: a process that serves cannot open, execute, fork, trace or become root; what the kernel lacks is told
+ * Never: lets a worker of a server that was started as root serve as root
  * ============================================================================================================= */
+
+static const struct { unsigned wall; const char *name; } WALLS[] = {
+	{WALL_USER, "user"}, {WALL_ROOT, "chroot"}, {WALL_PRIVILEGES, "no_new_privs"}, {WALL_SECCOMP, "seccomp"},
+	{WALL_FILES, "landlock_files"}, {WALL_CONNECT, "landlock_connect"}};
+
+/* The walls by name, and user and group: `65534:65534 user,chroot,seccomp`. */
+static void
+out_walls(struct out *o, unsigned walls)
+{
+	bool first = true;
+
+	for (size_t i = 0; i < LENGTH(WALLS); i++)
+		if (walls & WALLS[i].wall) {
+			out_print(o, "%s%s", first ? "" : ",", WALLS[i].name);
+			first = false;
+		}
+	if (first)
+		out_text(o, "none");
+}
+
+#if defined(__linux__) && !defined(TINYAUTH_PORTABLE) && !defined(TINYAUTH_NO_SANDBOX)
+
+enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_ALL = 7 };
+
+/* Which role may call what. A worker that calls anything else is killed. The supervisor's list is also that of the binary
+ * that USR2 puts in its place, whatever that needs: there a call that is not listed fails as if the kernel lacked it. */
+static const struct { int number; unsigned roles; } CALLS[] = {
+	/* what serving is made of */
+	{SYS_recvfrom, FOR_ALL}, {SYS_sendto, FOR_ALL}, {SYS_recvmsg, FOR_ALL}, {SYS_read, FOR_ALL}, {SYS_write, FOR_ALL},
+	{SYS_ppoll, FOR_ALL}, {SYS_epoll_pwait, FOR_ALL}, {SYS_epoll_ctl, FOR_ALL}, {SYS_accept4, FOR_WORKER | FOR_SUPERVISOR},
+	{SYS_socket, FOR_ALL}, {SYS_connect, FOR_ALL}, {SYS_close, FOR_ALL}, {SYS_shutdown, FOR_ALL},
+	{SYS_setsockopt, FOR_ALL}, {SYS_getsockopt, FOR_ALL}, {SYS_clock_gettime, FOR_ALL}, {SYS_getrandom, FOR_ALL},
+	{SYS_madvise, FOR_ALL}, {SYS_munmap, FOR_ALL}, {SYS_fstat, FOR_ALL}, {SYS_rt_sigreturn, FOR_ALL},
+	{SYS_restart_syscall, FOR_ALL}, {SYS_exit, FOR_ALL}, {SYS_exit_group, FOR_ALL},
+	{SYS_fcntl, FOR_ALL},                /* gives a terminal's flags back under -i */
+#ifdef SYS_poll
+	{SYS_poll, FOR_ALL}, {SYS_epoll_wait, FOR_ALL},
+#endif
+#ifdef SYS_newfstatat
+	{SYS_newfstatat, FOR_ALL},           /* fstat() of some libcs */
+#endif
+#ifdef SYS_recv
+	{SYS_recv, FOR_ALL}, {SYS_send, FOR_ALL},
+#endif
+#ifdef SYS_clock_gettime64
+	{SYS_clock_gettime64, FOR_ALL}, {SYS_ppoll_time64, FOR_ALL}, {SYS_fstat64, FOR_ALL}, {SYS_fcntl64, FOR_ALL},
+	{SYS_fstatat64, FOR_ALL},
+#endif
+	/* looking up a name reads files and asks servers */
+	{SYS_openat, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_readv, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_lseek, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_bind, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_sendmsg, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_mmap, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_getsockname, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_rt_sigprocmask, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_brk, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_ioctl, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_futex, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_statx, FOR_RESOLVER | FOR_SUPERVISOR},
+#ifdef SYS_open
+	{SYS_open, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_stat, FOR_RESOLVER | FOR_SUPERVISOR},
+#endif
+#ifdef SYS_sendmmsg
+	{SYS_sendmmsg, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_recvmmsg, FOR_RESOLVER | FOR_SUPERVISOR},
+#endif
+#ifdef SYS_mmap2
+	{SYS_mmap2, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS__llseek, FOR_RESOLVER | FOR_SUPERVISOR},
+#endif
+	/* processes, files and descriptors */
+	{SYS_clone, FOR_SUPERVISOR}, {SYS_clone3, FOR_SUPERVISOR}, {SYS_execve, FOR_SUPERVISOR}, {SYS_wait4, FOR_SUPERVISOR},
+	{SYS_waitid, FOR_SUPERVISOR}, {SYS_kill, FOR_SUPERVISOR}, {SYS_tgkill, FOR_SUPERVISOR}, {SYS_tkill, FOR_SUPERVISOR},
+	{SYS_getpid, FOR_SUPERVISOR}, {SYS_getppid, FOR_SUPERVISOR}, {SYS_gettid, FOR_SUPERVISOR},
+	{SYS_set_tid_address, FOR_SUPERVISOR}, {SYS_set_robust_list, FOR_SUPERVISOR}, {SYS_rt_sigaction, FOR_SUPERVISOR},
+	{SYS_sigaltstack, FOR_SUPERVISOR}, {SYS_nanosleep, FOR_SUPERVISOR}, {SYS_clock_nanosleep, FOR_SUPERVISOR},
+	{SYS_writev, FOR_SUPERVISOR}, {SYS_pread64, FOR_SUPERVISOR}, {SYS_pwrite64, FOR_SUPERVISOR}, {SYS_dup, FOR_SUPERVISOR},
+	{SYS_dup3, FOR_SUPERVISOR}, {SYS_pipe2, FOR_SUPERVISOR}, {SYS_fsync, FOR_SUPERVISOR}, {SYS_ftruncate, FOR_SUPERVISOR},
+	{SYS_flock, FOR_SUPERVISOR}, {SYS_fchdir, FOR_SUPERVISOR}, {SYS_chdir, FOR_SUPERVISOR}, {SYS_getcwd, FOR_SUPERVISOR},
+	{SYS_readlinkat, FOR_SUPERVISOR}, {SYS_unlinkat, FOR_SUPERVISOR}, {SYS_mkdirat, FOR_SUPERVISOR},
+	{SYS_renameat2, FOR_SUPERVISOR}, {SYS_faccessat, FOR_SUPERVISOR}, {SYS_faccessat2, FOR_SUPERVISOR},
+	{SYS_fchmod, FOR_SUPERVISOR}, {SYS_fchown, FOR_SUPERVISOR}, {SYS_umask, FOR_SUPERVISOR}, {SYS_mprotect, FOR_SUPERVISOR},
+	{SYS_mremap, FOR_SUPERVISOR}, {SYS_memfd_create, FOR_SUPERVISOR}, {SYS_epoll_create1, FOR_SUPERVISOR},
+	{SYS_listen, FOR_SUPERVISOR}, {SYS_accept, FOR_SUPERVISOR}, {SYS_socketpair, FOR_SUPERVISOR},
+	{SYS_getpeername, FOR_SUPERVISOR}, {SYS_uname, FOR_SUPERVISOR}, {SYS_prlimit64, FOR_SUPERVISOR},
+	{SYS_sched_getaffinity, FOR_SUPERVISOR}, {SYS_sched_yield, FOR_SUPERVISOR}, {SYS_getuid, FOR_SUPERVISOR},
+	{SYS_geteuid, FOR_SUPERVISOR}, {SYS_getgid, FOR_SUPERVISOR}, {SYS_getegid, FOR_SUPERVISOR}, {SYS_prctl, FOR_SUPERVISOR},
+	{SYS_setresuid, FOR_SUPERVISOR}, {SYS_setresgid, FOR_SUPERVISOR}, {SYS_setgroups, FOR_SUPERVISOR},
+	{SYS_getresuid, FOR_SUPERVISOR}, {SYS_getresgid, FOR_SUPERVISOR}, {SYS_chroot, FOR_SUPERVISOR},
+	{SYS_landlock_create_ruleset, FOR_SUPERVISOR}, {SYS_landlock_add_rule, FOR_SUPERVISOR},
+	{SYS_landlock_restrict_self, FOR_SUPERVISOR}, {SYS_seccomp, FOR_SUPERVISOR}, {334 /* rseq, where it is this */, FOR_SUPERVISOR},
+#ifdef SYS_fork
+	{SYS_fork, FOR_SUPERVISOR}, {SYS_vfork, FOR_SUPERVISOR}, {SYS_dup2, FOR_SUPERVISOR}, {SYS_pipe, FOR_SUPERVISOR},
+	{SYS_access, FOR_SUPERVISOR}, {SYS_lstat, FOR_SUPERVISOR}, {SYS_readlink, FOR_SUPERVISOR}, {SYS_unlink, FOR_SUPERVISOR},
+	{SYS_mkdir, FOR_SUPERVISOR}, {SYS_rmdir, FOR_SUPERVISOR}, {SYS_rename, FOR_SUPERVISOR}, {SYS_chmod, FOR_SUPERVISOR},
+	{SYS_getrlimit, FOR_SUPERVISOR},
+#endif
+#ifdef SYS_arch_prctl
+	{SYS_arch_prctl, FOR_SUPERVISOR},
+#endif
+#ifdef SYS_setresuid32
+	{SYS_setresuid32, FOR_SUPERVISOR}, {SYS_setresgid32, FOR_SUPERVISOR}, {SYS_setgroups32, FOR_SUPERVISOR},
+	{SYS_getresuid32, FOR_SUPERVISOR}, {SYS_getresgid32, FOR_SUPERVISOR}, {SYS_geteuid32, FOR_SUPERVISOR},
+	{SYS_getuid32, FOR_SUPERVISOR}, {SYS_fchown32, FOR_SUPERVISOR}, {SYS_ftruncate64, FOR_SUPERVISOR},
+	{SYS_stat64, FOR_SUPERVISOR | FOR_RESOLVER}, {SYS_lstat64, FOR_SUPERVISOR},
+	{0xf0005 /* set_tls */, FOR_SUPERVISOR}, {0xf0002 /* cacheflush */, FOR_SUPERVISOR},
+#endif
+};
+
+/* The kernel's interface, whose headers a musl toolchain may lack: linux/filter.h, seccomp.h, audit.h, landlock.h, prctl.h. */
+struct filter_step { uint16_t code; uint8_t yes, no; uint32_t k; };
+struct filter { uint16_t n; const struct filter_step *step; };
+enum { LOAD_WORD = 0x20, IF_EQUAL = 0x15, RETURN = 0x06, OFFSET_NUMBER = 0, OFFSET_ARCH = 4 };
+enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, MODE_FILTER = 2 };
+#define ALLOW 0x7fff0000u
+#define KILL_PROCESS 0x80000000u
+#define FAIL_ENOSYS (0x00050000u | ENOSYS)
+#if defined(__x86_64__)
+#define AUDIT_ARCH 0xc000003eu
+#elif defined(__aarch64__)
+#define AUDIT_ARCH 0xc00000b7u
+#elif defined(__arm__)
+#define AUDIT_ARCH 0x40000028u
+#elif defined(__riscv) && __riscv_xlen == 64
+#define AUDIT_ARCH 0xc00000f3u
+#else
+#define AUDIT_ARCH 0u                /* not known: no filter */
+#endif
+
+/* Closes the system calls that a role has no use for. */
+static bool
+sandbox_seccomp(unsigned role)
+{
+	static struct filter_step step[2 * LENGTH(CALLS) + 5];
+	uint16_t n = 0;
+
+	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARCH};
+	step[n++] = (struct filter_step){IF_EQUAL, 1, 0, AUDIT_ARCH};
+	step[n++] = (struct filter_step){RETURN, 0, 0, KILL_PROCESS};
+	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_NUMBER};
+	for (size_t i = 0; i < LENGTH(CALLS); i++)
+		if (CALLS[i].roles & role) {
+			step[n++] = (struct filter_step){IF_EQUAL, 0, 1, (uint32_t)CALLS[i].number};
+			step[n++] = (struct filter_step){RETURN, 0, 0, ALLOW};
+		}
+	step[n++] = (struct filter_step){RETURN, 0, 0, role == FOR_SUPERVISOR ? FAIL_ENOSYS : KILL_PROCESS};
+	const struct filter filter = {n, step};
+	return AUDIT_ARCH != 0 && prctl(SET_SECCOMP, MODE_FILTER, &filter) == 0;
+}
+
+struct landlock_rules { uint64_t files, net, scoped; };
+struct landlock_port { uint64_t allowed, port; };
+enum { LANDLOCK_VERSION = 1, LANDLOCK_PORT = 2, NET_CONNECT = 2, NET_BIND_AND_CONNECT = 3 };
+
+static int
+landlock_version(void)
+{
+	long version = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_VERSION);
+
+	return version < 0 ? 0 : (int)version;
+}
+
+/* Closes the file system, and of TCP all but connecting to the upstream's ports. */
+static unsigned
+sandbox_landlock(void)
+{
+	static const uint64_t FILES[] = {0, 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff};   /* what each version knows */
+	int version = landlock_version();
+	struct landlock_rules rules = {.files = FILES[version < 5 ? version : 5], .net = version >= 4 ? NET_BIND_AND_CONNECT : 0};
+
+	if (version == 0)
+		return 0;
+	int fd = (int)syscall(SYS_landlock_create_ruleset, &rules, version >= 4 ? 16 : 8, 0);
+	if (fd < 0)
+		return 0;
+	bool good = true;
+	for (unsigned i = 0; i < config.upstream.addrs && version >= 4; i++) {
+		struct landlock_port port = {NET_CONNECT, addr_port(&config.upstream.addr[i])};
+		good = good && (port.port == 0 || syscall(SYS_landlock_add_rule, fd, LANDLOCK_PORT, &port, 0) == 0);
+	}
+	good = good && syscall(SYS_landlock_restrict_self, fd, 0) == 0;
+	close(fd);
+	return !good ? 0 : version >= 4 ? WALL_FILES | WALL_CONNECT : WALL_FILES;
+}
+
+#ifdef SYS_setresuid32
+enum { SET_USER = SYS_setresuid32, SET_GROUP = SYS_setresgid32, SET_GROUPS = SYS_setgroups32 };
+#else
+enum { SET_USER = SYS_setresuid, SET_GROUP = SYS_setresgid, SET_GROUPS = SYS_setgroups };
+#endif
+
+/* Root becomes another user for good, and that is looked at. libc's own calls would stop threads that there are not. */
+static bool
+sandbox_user(void)
+{
+	uid_t uid = (uid_t)config.uid, ids[3];
+	gid_t gid = (gid_t)config.gid, groups[3];
+
+	if (geteuid() != 0)
+		return true;
+	return uid != 0 && syscall(SET_GROUPS, 0, NULL) == 0 && syscall(SET_GROUP, gid, gid, gid) == 0 &&
+	       syscall(SET_USER, uid, uid, uid) == 0 && getresuid(&ids[0], &ids[1], &ids[2]) == 0 &&
+	       getresgid(&groups[0], &groups[1], &groups[2]) == 0 && ids[0] == uid && ids[1] == uid && ids[2] == uid &&
+	       groups[0] == gid && groups[1] == gid && groups[2] == gid && syscall(SET_USER, 0, 0, 0) != 0;
+}
+
+/* Walls that this kernel and this user can have, for a worker. */
+static unsigned
+sandbox_probe(int root)
+{
+	int version = landlock_version();
+	unsigned walls = WALL_PRIVILEGES;
+
+	walls |= geteuid() == 0 ? WALL_USER : 0;
+	walls |= geteuid() == 0 && root >= 0 ? WALL_ROOT : 0;
+	walls |= AUDIT_ARCH != 0 && prctl(GET_SECCOMP, 0) >= 0 ? WALL_SECCOMP : 0;
+	walls |= version >= 1 ? WALL_FILES : 0;
+	return walls | (version >= 4 ? WALL_CONNECT : 0);
+}
+
+/* No dumps that hold keys, no process that traces another of the same user. */
+static void
+sandbox_undumpable(void)
+{
+	struct rlimit none = {0, 0};
+
+	process_limit(RLIMIT_CORE, &none, NULL);
+	prctl(SET_DUMPABLE, 0);
+}
+
+/* Closes everything that serving does not need; `root`: the directory that becomes the root, or -1. The walls that hold. */
+static unsigned
+sandbox_worker(int root)
+{
+	unsigned walls = 0;
+	bool privileged = geteuid() == 0;
+
+	if (privileged && root >= 0 && fchdir(root) == 0 && chroot(".") == 0 && chdir("/") == 0)
+		walls |= WALL_ROOT;
+	if (root >= 0)
+		close(root);
+	if (!sandbox_user())
+		die(EX_NOPERM, "cannot become user %llu, group %llu: %s; give another --user", (unsigned long long)config.uid,
+		    (unsigned long long)config.gid, strerror(errno));
+	walls |= privileged ? WALL_USER : 0;
+	sandbox_undumpable();
+	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+		walls |= WALL_PRIVILEGES;
+	walls |= sandbox_landlock();
+	return walls | (sandbox_seccomp(FOR_WORKER) ? WALL_SECCOMP : 0);
+}
+
+/* The supervisor keeps its user: it reads keys and certificate again and opens the log anew. */
+static void
+sandbox_supervisor(void)
+{
+	sandbox_undumpable();
+	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+		sandbox_seccomp(FOR_SUPERVISOR);
+}
+
+/* The child that looks up names has to read files such as /etc/hosts, and to ask a server. */
+static void
+sandbox_resolver(void)
+{
+	if (!sandbox_user())
+		_exit(EXIT_FAILURE);
+	sandbox_undumpable();
+	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+		sandbox_seccomp(FOR_RESOLVER);
+}
+
+#else
+
+static bool
+sandbox_user(void)
+{
+	uid_t uid = (uid_t)config.uid;
+	gid_t gid = (gid_t)config.gid;
+
+	if (geteuid() != 0)
+		return true;
+	return uid != 0 && setgroups(0, NULL) == 0 && setgid(gid) == 0 && setuid(uid) == 0 && geteuid() == uid && setuid(0) != 0;
+}
+
+static unsigned
+sandbox_probe(int root)
+{
+	return geteuid() != 0 ? 0 : root >= 0 ? WALL_USER | WALL_ROOT : WALL_USER;
+}
+
+static unsigned
+sandbox_worker(int root)
+{
+	unsigned walls = geteuid() == 0 ? WALL_USER : 0;
+
+	if (walls != 0 && root >= 0 && fchdir(root) == 0 && chroot(".") == 0 && chdir("/") == 0)
+		walls |= WALL_ROOT;
+	if (root >= 0)
+		close(root);
+	if (!sandbox_user())
+		die(EX_NOPERM, "cannot become user %llu, group %llu: %s; give another --user", (unsigned long long)config.uid,
+		    (unsigned long long)config.gid, strerror(errno));
+	return walls;
+}
+
+static void
+sandbox_supervisor(void)
+{
+}
+
+static void
+sandbox_resolver(void)
+{
+	if (!sandbox_user())
+		_exit(EXIT_FAILURE);
+}
+
+#endif
+
+/* The directory that becomes the root of workers when the server is started as root: that of an upstream's unix socket,
+ * else an empty one that exists, else one that is made and removed while it is open. -1: there is none. */
+static int
+sandbox_directory(void)
+{
+	static const char *const MADE[] = {"/run", "/tmp", "/dev/shm", "/"};
+	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
+	char path[sizeof un->sun_path + 32];
+	struct stat st;
+
+	if (geteuid() != 0)
+		return -1;
+	if (un->sun_family == AF_UNIX) {
+		const char *slash = strrchr(un->sun_path, '/');
+		text_print(path, sizeof path, "%.*s", slash == NULL ? 1 : (int)(slash - un->sun_path + 1),
+		    slash == NULL ? "." : un->sun_path);
+		return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	}
+	int fd = open("/var/empty", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (fd >= 0 && fstat(fd, &st) == 0 && st.st_uid == 0 && (st.st_mode & 022) == 0 && st.st_nlink == 2)
+		return fd;
+	if (fd >= 0)
+		close(fd);
+	for (size_t i = 0; i < LENGTH(MADE); i++) {
+		text_print(path, sizeof path, "%s/.tinyauth-empty-%d", MADE[i], getpid());
+		if (mkdir(path, 0500) != 0)
+			continue;
+		fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+		rmdir(path);
+		return fd;
+	}
+	return -1;
+}
+
+/* Where the upstream's unix socket is seen from inside that directory. */
+static void
+sandbox_upstream(int root)
+{
+	struct sockaddr_un *un = (struct sockaddr_un *)&config.upstream.addr[0].ss;
+	const char *slash = strrchr(un->sun_path, '/');
+
+	if (root >= 0 && un->sun_family == AF_UNIX && slash != NULL)
+		memmove(un->sun_path, slash, strlen(slash) + 1);
+}
+
+/* ---- names --------------------------------------------------------------------------------------------------- */
+
+/* Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
+ * else. Exit status: 0, or the positive number of getaddrinfo's error. */
+__attribute__((noreturn)) static void
+name_child(const char *text, bool passive, int to)
+{
+	struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0)};
+	struct addrinfo *list;
+	struct addr found[UPSTREAM_ADDRS];
+	struct mistake m;
+	char host[NI_MAXHOST];
+	const char *port;
+	size_t n = 0;
+
+	memset(found, 0, sizeof found);
+	sandbox_resolver();
+	if (!addr_split(text, host, &port, &m))
+		_exit(EXIT_FAILURE);
+	int error = getaddrinfo(host, port, &hints, &list);
+	if (error != 0)
+		_exit(error < 0 ? -error : error);
+	for (int family = 0; family < 2; family++)
+		for (struct addrinfo *i = list; i != NULL && n < UPSTREAM_ADDRS; i = i->ai_next)
+			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
+				memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
+				found[n].len = i->ai_addrlen;
+				addr_write(&found[n++]);
+			}
+	bool good = write_whole(to, (struct slice){(char *)found, n * sizeof *found});
+	_exit(good && n > 0 ? EXIT_SUCCESS : EAI_NONAME < 0 ? -EAI_NONAME : EAI_NONAME);
+}
+
+/* Starts such a child; returns where its answer comes from, or -1. */
+static int
+name_ask(const char *text, bool passive, int *pid)
+{
+	int pair[2];
+
+	if (pipe(pair) != 0)
+		return -1;
+	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
+	fcntl(pair[0], F_SETFL, O_NONBLOCK);
+	if ((*pid = fork()) == 0)
+		name_child(text, passive, pair[1]);
+	close(pair[1]);
+	if (*pid > 0)
+		return pair[0];
+	close(pair[0]);
+	return -1;
+}
+
+/* What it found: how many addresses, 0: none. */
+static unsigned
+name_answer(int from, struct addr found[UPSTREAM_ADDRS])
+{
+	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);
+
+	close(from);
+	return n < 0 ? 0 : (unsigned)((size_t)n / sizeof *found);
+}
+
+/* Looks up a name at start, where waiting is allowed. */
+static unsigned
+name_find(const char *text, const char *option, bool passive, struct addr found[UPSTREAM_ADDRS], int failure)
+{
+	int pid = 0, status = 0, from = name_ask(text, passive, &pid);
+	struct pollfd answer = {from, POLLIN, 0};
+
+	if (from < 0)
+		die(EXIT_FAILURE, "--%s: '%s': no process to look up the name: %s", option, text, strerror(errno));
+	while (poll(&answer, 1, RESOLVE_MS) < 0 && errno == EINTR)
+		continue;
+	if (answer.revents == 0)
+		kill(pid, SIGKILL);
+	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		continue;
+	unsigned n = name_answer(from, found);
+	if (n == 0)
+		die(failure, "--%s: '%s': cannot find the address of '%.*s': %s", option, text, (int)(strrchr(text, ':') - text), text,
+		    answer.revents == 0 || !WIFEXITED(status) ? "no answer"
+		        : gai_strerror(EAI_NONAME < 0 ? -WEXITSTATUS(status) : WEXITSTATUS(status)));
+	return n;
+}
+
+/* Every name in the configuration, at start. `failure`: exit status when one is not found. */
+static void
+names_find(int failure)
+{
+	struct addr found[UPSTREAM_ADDRS];
+
+	for (unsigned i = 0; i < config.listens; i++)
+		if (config.listen[i].len == 0 && name_find(config.listen[i].text, "listen", true, found, failure) > 0)
+			config.listen[i] = found[0];
+	if (config.upstream.named && config.upstream.addrs == 0) {
+		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, failure);
+		memcpy(config.upstream.addr, found, sizeof found);
+		upstream_host(&config.upstream);
+	}
+}
 
 /* ============================================================================================================= *
  * WORKER
@@ -5636,6 +6701,12 @@ conn_late(struct worker *w, struct conn *c)
  * Promises: all memory is mapped in worker_map(); one clock look and at most one log write a turn
  * Never: waits anywhere but in poll
  * ============================================================================================================= */
+
+#if defined(__linux__) && !defined(TINYAUTH_PORTABLE)
+enum { WATCH_EVENT = sizeof(struct epoll_event) };
+#else
+enum { WATCH_EVENT = 1 };
+#endif
 
 /* Everything a worker will ever use. Pages that nothing touches cost nothing: see the formula at the top. */
 static void
@@ -5649,7 +6720,7 @@ worker_map(struct worker *w)
 	w->free_buf = map_new(2 * max * sizeof *w->free_buf, MAP_PRIVATE);
 	w->ready = map_new((max + LISTEN_MAX * ACCEPTS_MAX) * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new((2 * max + LISTEN_MAX + 2) * sizeof *w->pfd, MAP_PRIVATE);
-	w->event = map_new(2 * max * sizeof *w->event, MAP_PRIVATE);
+	w->event = map_new(2 * max * WATCH_EVENT, MAP_PRIVATE);
 	char *buf = map_new(2 * max * BUF_SIZE, MAP_PRIVATE);
 	char *scratch = map_new(4 * BUF_SIZE, MAP_PRIVATE);
 
@@ -5686,7 +6757,7 @@ worker_drain(struct worker *w)
 	worker_close_listeners(w);
 }
 
-/* A word from the supervisor: D, drain; X, end at once; L and a descriptor, the new log. Its end: it is gone. */
+/* A word from the supervisor: D, drain; X, end at once; P, answer; L and a descriptor, the new log. Its end: it is gone. */
 static void
 worker_control(struct worker *w)
 {
@@ -5706,16 +6777,35 @@ worker_control(struct worker *w)
 	} else if (word == 'D' || word == 'X') {
 		worker_drain(w);
 		w->drain_ns = word == 'X' ? w->now_ns : w->drain_ns;
-	}
+	} else if (word == 'P')
+		send(w->control, "P", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
 	else if (word == 'L' && c != NULL && c->cmsg_type == SCM_RIGHTS) {
 		int fd;
 		memcpy(&fd, CMSG_DATA(c), sizeof fd);
 		log_close(w->log);
-		log_use(w->log, fd);
+		log_take(w->log, fd, true);
 	}
 }
 
 /* ---- waiting ------------------------------------------------------------------------------------------------- */
+
+/* A connection that gave way to another may leave a second entry behind; there are as many spare ones as can be accepted
+ * in a turn. */
+static void
+worker_queue(struct worker *w, struct conn *c)
+{
+	if (!c->queued)
+		w->ready[w->readies++] = c;
+	c->queued = true;
+}
+
+#if defined(__linux__) && !defined(TINYAUTH_PORTABLE)
+
+static int
+watch_open(void)
+{
+	return epoll_create1(EPOLL_CLOEXEC);
+}
 
 static void
 watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
@@ -5731,6 +6821,45 @@ watch(struct worker *w, struct conn *c, struct link *l, int side, short interest
 	l->watched = 0;                      /* no memory for the watch: the connection cannot go on, the sweep ends it */
 	c->deadline_ns = w->sweep_ns = w->now_ns;
 }
+
+/* All events of the epoll set in one look: of two for one connection both are seen before it is stepped. */
+static void
+worker_collect_parked(struct worker *w)
+{
+	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns), 0);
+
+	for (int i = 0; i < n; i++) {
+		struct conn *c = &w->conns[w->event[i].data.u64 / 2];
+		struct link *l = w->event[i].data.u64 % 2 == 0 ? &c->client : &c->upstream;
+		if (!c->queued)
+			c->client.seen = c->upstream.seen = 0;
+		l->seen = (short)w->event[i].events;
+		worker_queue(w, c);
+	}
+}
+
+#else
+
+/* Everything stays in the poll set. */
+static int
+watch_open(void)
+{
+	return -1;
+}
+
+static void
+watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
+{
+	(void)w, (void)c, (void)l, (void)side, (void)interest;
+}
+
+static void
+worker_collect_parked(struct worker *w)
+{
+	(void)w;
+}
+
+#endif
 
 /* Keeps the epoll set true for a link in it. What is watched beyond the interest stays, so that a kept-alive connection
  * costs no call a request, until an event comes that nobody wanted. */
@@ -5781,19 +6910,10 @@ worker_gather(struct worker *w)
 			continue;
 		}
 		conn_interest(c, &client, &upstream);
-		worker_want(w, client != 0 ? c->client.fd : -1, client);
+		int fd = link_poll(&c->client, &client);
+		worker_want(w, fd, client);
 		worker_want(w, upstream != 0 ? c->upstream.fd : -1, upstream);
 	}
-}
-
-/* A connection that gave way to another may leave a second entry behind; there are as many spare ones as can be accepted
- * in a turn. */
-static void
-worker_queue(struct worker *w, struct conn *c)
-{
-	if (!c->queued)
-		w->ready[w->readies++] = c;
-	c->queued = true;
 }
 
 /* What poll saw of the connections in its set. */
@@ -5808,22 +6928,6 @@ worker_collect_polled(struct worker *w)
 		c->quiet = (p[0].revents | p[1].revents) == 0;
 		if (!c->quiet)
 			worker_queue(w, c);
-	}
-}
-
-/* All events of the epoll set in one look: of two for one connection both are seen before it is stepped. */
-static void
-worker_collect_parked(struct worker *w)
-{
-	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns), 0);
-
-	for (int i = 0; i < n; i++) {
-		struct conn *c = &w->conns[w->event[i].data.u64 / 2];
-		struct link *l = w->event[i].data.u64 % 2 == 0 ? &c->client : &c->upstream;
-		if (!c->queued)
-			c->client.seen = c->upstream.seen = 0;
-		l->seen = (short)w->event[i].events;
-		worker_queue(w, c);
 	}
 }
 
@@ -5897,6 +7001,24 @@ worker_someone_waits(int listener)
 	return poll(&p, 1, 0) == 1;
 }
 
+/* Is there room for one more connection of this address? Over TLS the answer needs a handshake first, `heard`: it gets one;
+ * only so many of an address get that far. A trusted peer connects for others. */
+static enum reason
+worker_admits(struct worker *w, const struct sockaddr_storage *peer, bool secure, bool *heard)
+{
+	unsigned char ip[16];
+
+	*heard = false;
+	ip_of(peer, ip);
+	if (!ip_trusted(&config, ip)) {
+		uint64_t open = table_connections(w->table, table_address_id(w->table, peer), 2 * config.ip_conns);
+		*heard = secure && open >= config.ip_conns && open < 2 * config.ip_conns && w->free_conn != NULL;
+		if (open >= config.ip_conns)
+			return R_IP_CONNS;
+	}
+	return w->free_conn != NULL || worker_make_room(w) ? R_NONE : R_FULL;
+}
+
 /* Takes what waits on a listener. When descriptors or memory run out, accepting pauses instead of spinning. */
 static void
 worker_accept(struct worker *w, int listener, bool secure)
@@ -5917,17 +7039,13 @@ worker_accept(struct worker *w, int listener, bool secure)
 			}
 			return;
 		}
-		uint64_t open = table_connections(w->table, table_address_id(w->table, &peer), 2 * config.ip_conns);
-		enum reason refused = open < config.ip_conns ? R_NONE : R_IP_CONNS;
-		if (refused == R_NONE && w->free_conn == NULL && !worker_make_room(w))
-			refused = R_FULL;
-		/* Over TLS the answer needs a handshake first; only so many of an address get that far. */
-		bool heard = secure && refused == R_IP_CONNS && open < 2 * config.ip_conns && w->free_conn != NULL;
+		bool heard;
+		enum reason refused = worker_admits(w, &peer, secure, &heard);
 		if (refused != R_NONE)
 			worker_turn_away(w, fd, &peer, refused, secure, heard);
 		if (refused != R_NONE && !heard)
 			continue;
-		struct conn *c = conn_open(w, fd, &peer, secure);
+		struct conn *c = conn_open(w, fd, fd, &peer, secure);
 		c->refused = (uint8_t)refused;
 		c->client.seen = POLLIN;     /* its request is often there already */
 		worker_step(w, c);
@@ -6025,20 +7143,37 @@ worker_turn(struct worker *w)
 	}
 	if (w->now_ns >= w->sweep_ns)
 		worker_sweep(w);
+	if (w->connect_failed && config.upstream.named && w->control >= 0)
+		send(w->control, "R", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* its name may mean another address by now */
+	w->connect_failed = false;
 	if (w->log->n > 0 || w->log->dropped > 0)
 		log_flush(w->log);
+}
+
+/* Takes everything that serving needs, then closes the sandbox behind it. */
+static void
+worker_ready(struct worker *w, int root, unsigned expected)
+{
+	char text[128];
+	struct out o = {text, 0, sizeof text, false};
+
+	worker_map(w);
+	random_fill(w->random, sizeof w->random);
+	w->epoll = config.inetd ? -1 : watch_open();
+	w->sweep_ns = UINT64_MAX;
+	w->now_ns = clock_ns();
+	w->wall_ms = clock_wall_ms();
+	sandbox_upstream(root);
+	unsigned missing = expected & ~sandbox_worker(root);
+	out_walls(&o, missing);
+	if (missing != 0)
+		log_sandbox(w->log, "sandbox_missing", config.uid, config.gid, (struct slice){text, o.n});
 }
 
 /* A worker's whole life, in a process of its own. */
 static void
 worker_run(struct worker *w)
 {
-	worker_map(w);
-	random_fill(w->random, sizeof w->random);
-	w->epoll = epoll_create1(EPOLL_CLOEXEC);
-	w->sweep_ns = UINT64_MAX;
-	w->now_ns = clock_ns();
-	w->wall_ms = clock_wall_ms();
 	while (!w->draining || (w->used > 0 && w->now_ns < w->drain_ns))
 		worker_turn(w);
 	for (size_t i = 0; i < config.max_conns && w->used > 0; i++)
@@ -6185,11 +7320,11 @@ supervisor_descriptors(void)
 	rlim_t need = 2 * config.max_conns + OTHERS;
 	struct rlimit limit, wanted;
 
-	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= need)
+	if (process_limit(RLIMIT_NOFILE, NULL, &limit) != 0 || limit.rlim_cur >= need)
 		return;
 	wanted = limit;
 	wanted.rlim_cur = limit.rlim_max < need ? limit.rlim_max : need;
-	if (setrlimit(RLIMIT_NOFILE, &wanted) == 0)
+	if (process_limit(RLIMIT_NOFILE, &wanted, NULL) == 0)
 		limit = wanted;
 	if (limit.rlim_cur < need) {
 		uint64_t fit = limit.rlim_cur > OTHERS + 1 ? (limit.rlim_cur - OTHERS) / 2 : limit.rlim_cur / 4;
@@ -6271,10 +7406,15 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	w->pair = s->pair;
 	w->sessions = s->sessions;
 	w->row = row;
+	if (row != NULL)
+		atomic_store(&row->taken, (uint32_t)getpid());
 	w->control = control;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	memcpy(w->secure, s->secure, sizeof w->secure);
+	if (s->notify >= 0)
+		close(s->notify);
+	worker_ready(w, s->root, s->walls);
 	worker_run(w);
 	pair_forget(s->pair);
 	exit(EXIT_SUCCESS);
@@ -6309,6 +7449,8 @@ supervisor_spawn(struct supervisor *s, int slot)
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
+	if (row != NULL)
+		atomic_store(&row->taken, (uint32_t)pid);
 	*child = (struct child){.pid = pid, .control = pair[0], .slot = slot, .row = row, .born_ns = s->now_ns};
 	s->respawn_ns[slot] = 0;
 	log_worker_started(s->log, slot, pid);
@@ -6350,11 +7492,15 @@ supervisor_reap(struct supervisor *s)
 {
 	int status, pid;
 
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		if (pid == s->resolver)
+			s->resolved = true;
 		for (size_t i = 0; i < CHILDREN_MAX; i++) {
 			struct child *child = &s->child[i];
 			if (child->pid != pid)
 				continue;
+			if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM)
+				s->hopeless = true;
 			close(child->control);
 			if (child->row != NULL)
 				table_row_give(child->row);
@@ -6364,6 +7510,7 @@ supervisor_reap(struct supervisor *s)
 				supervisor_replace(s, child);
 			child->pid = 0;
 		}
+	}
 }
 
 /* ---- keys ---------------------------------------------------------------------------------------------------- */
@@ -6756,6 +7903,172 @@ supervisor_inherit(struct supervisor *s)
 	unsetenv("TINYAUTH_HANDOVER");
 }
 
+/* ---- the service manager ------------------------------------------------------------------------------------- */
+
+/* Tells systemd how things stand, in its own words [sd_notify(3)]. */
+__attribute__((format(printf, 2, 3))) static void
+supervisor_notify(const struct supervisor *s, const char *format, ...)
+{
+	char text[256];
+	struct out o = {text, 0, sizeof text, false};
+	va_list rest;
+
+	if (s->notify < 0)
+		return;
+	va_start(rest, format);
+	out_vprint(&o, format, rest);
+	va_end(rest);
+	send(s->notify, text, o.n, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void
+supervisor_notify_ready(const struct supervisor *s)
+{
+	supervisor_notify(s, "READY=1\nSTATUS=%llu workers, %llu keys, upstream %s\n", (unsigned long long)config.workers,
+	    (unsigned long long)supervisor_keys(s), config.upstream.text);
+}
+
+/* A reload begins; supervisor_notify_ready() says that it is done. */
+static void
+supervisor_notify_reloading(const struct supervisor *s)
+{
+	supervisor_notify(s, "RELOADING=1\nMONOTONIC_USEC=%llu\n", (unsigned long long)(clock_ns() / 1000));
+}
+
+/* Finds the manager's socket, and whether it wants to hear from us now and then. */
+static void
+supervisor_notify_open(struct supervisor *s)
+{
+	const char *path = getenv("NOTIFY_SOCKET"), *usec = getenv("WATCHDOG_USEC"), *pid = getenv("WATCHDOG_PID");
+	struct sockaddr_un un = {.sun_family = AF_UNIX};
+	uint64_t us = 0, owner = (uint64_t)getpid();
+
+	s->notify = -1;
+	if (path == NULL || path[0] == '\0' || strlen(path) >= sizeof un.sun_path)
+		return;
+	strcpy(un.sun_path, path);
+	socklen_t len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
+	if (path[0] == '@')
+		un.sun_path[0] = '\0';
+	s->notify = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (s->notify >= 0 && connect(s->notify, (struct sockaddr *)&un, len) != 0) {
+		close(s->notify);
+		s->notify = -1;
+	}
+	if (pid != NULL && !number_read(slice_of(pid), &owner))
+		return;
+	if (s->notify >= 0 && usec != NULL && owner == (uint64_t)getpid() && number_read(slice_of(usec), &us))
+		s->watchdog_ns = us * 1000 / 2;
+}
+
+/* What workers said since the last look: that they live, or that the upstream could not be reached. */
+static void
+supervisor_hear(struct supervisor *s)
+{
+	char words[64];
+
+	for (size_t i = 0; i < CHILDREN_MAX; i++) {
+		struct child *child = &s->child[i];
+		ssize_t n;
+		while (child->pid != 0 && (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0)
+			for (ssize_t k = 0; k < n; k++) {
+				if (words[k] == 'P')
+					child->pings = 0;
+				else if (words[k] == 'R' && s->resolver == 0)
+					s->resolve_ns = s->now_ns;
+			}
+	}
+}
+
+/* Says that all is well, and looks whether it is: a worker that does not answer is killed, and so replaced. */
+static void
+supervisor_pet(struct supervisor *s)
+{
+	if (s->watchdog_ns == 0 || s->now_ns < s->pet_ns)
+		return;
+	s->pet_ns = s->now_ns + s->watchdog_ns;
+	supervisor_notify(s, "WATCHDOG=1\n");
+	for (size_t i = 0; i < CHILDREN_MAX; i++) {
+		struct child *child = &s->child[i];
+		if (child->pid == 0)
+			continue;
+		if (child->pings++ >= PINGS_MAX) {
+			log_note(s->log, "worker_stuck", "it did not answer, and is killed and replaced");
+			kill(child->pid, SIGKILL);
+		} else
+			child_tell(child, 'P', -1);
+	}
+}
+
+/* Socket-activated, and nothing happened for so long: true, it is time to end. What comes later starts the service again,
+ * because the sockets stay open in the manager. */
+static bool
+supervisor_idle(struct supervisor *s)
+{
+	uint64_t accepts = 0, open = 0;
+
+	if (config.idle_exit_ms == 0 || s->bound)
+		return false;
+	for (uint32_t i = 0; i < s->table->rows; i++) {
+		struct conn_row *row = table_row(s->table, i);
+		accepts += atomic_load(&row->accepts);
+		for (uint32_t k = 0; k < row->used && k < s->table->conns; k++)
+			open += atomic_load_explicit(&row->address[k], memory_order_relaxed) != 0;
+	}
+	if (accepts != s->accepts || open > 0)
+		s->active_ns = s->now_ns;
+	s->accepts = accepts;
+	return s->now_ns - s->active_ns >= config.idle_exit_ms * NS_PER_MS;
+}
+
+/* ---- the upstream's name ------------------------------------------------------------------------------------- */
+
+static bool
+addrs_hold(const struct addr *list, unsigned n, const struct addr *a)
+{
+	for (unsigned i = 0; i < n; i++)
+		if (strcmp(list[i].text, a->text) == 0)
+			return true;
+	return false;
+}
+
+/* The name was looked up: other addresses make a new generation; no answer leaves everything as it was. */
+static void
+supervisor_resolved(struct supervisor *s)
+{
+	struct upstream *u = &config.upstream;
+	struct addr found[UPSTREAM_ADDRS];
+	unsigned n = name_answer(s->resolver_fd, found), same = 0;
+
+	s->resolver = 0;
+	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
+	for (unsigned i = 0; i < n; i++)
+		same += addrs_hold(u->addr, u->addrs, &found[i]);
+	if (n == 0 || (same == n && n == u->addrs))
+		return;
+	memcpy(u->addr, found, n * sizeof *found);
+	u->addrs = n;
+	upstream_host(u);
+	log_note(s->log, "upstream_moved", u->addr[0].text);
+	supervisor_generation(s);
+}
+
+static void
+supervisor_resolve(struct supervisor *s)
+{
+	if (!config.upstream.named || s->draining || s->now_ns < s->resolve_ns)
+		return;
+	if (s->resolver != 0) {
+		kill(s->resolver, SIGKILL);          /* it takes too long; when it is gone, there is no answer */
+		s->resolve_ns = s->now_ns + RESOLVE_MS * NS_PER_MS;
+		return;
+	}
+	s->resolver_fd = name_ask(config.upstream.text, false, &s->resolver);
+	if (s->resolver_fd < 0)
+		s->resolver = 0;
+	s->resolve_ns = s->now_ns + (s->resolver != 0 ? RESOLVE_MS : RESOLVE_EVERY_MS) * NS_PER_MS;
+}
+
 /* ---- the loop ------------------------------------------------------------------------------------------------ */
 
 static void
@@ -6771,7 +8084,7 @@ supervisor_reopen_log(struct supervisor *s)
 			if (s->child[i].pid != 0)
 				child_tell(&s->child[i], 'L', fd);
 		log_close(s->log);
-		log_use(s->log, fd);
+		log_take(s->log, fd, true);
 	}
 	log_note(s->log, "log_reopened", NULL);
 }
@@ -6781,6 +8094,7 @@ static void
 supervisor_stop(struct supervisor *s)
 {
 	s->draining = true;
+	supervisor_notify(s, "STOPPING=1\n");
 	log_note(s->log, "draining", NULL);
 	for (unsigned i = 0; i < s->listeners; i++)
 		close(s->listener[i]);
@@ -6822,6 +8136,8 @@ supervisor_wait(struct supervisor *s)
 			until = s->respawn_ns[slot];
 	if (s->kill_ns != 0 && s->kill_ns < until)
 		until = s->kill_ns;
+	if (s->watchdog_ns != 0 && s->pet_ns < until)
+		until = s->pet_ns;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
 	if (s->log->n > 0 && ns > LOG_RETRY_MS * NS_PER_MS)
 		ns = LOG_RETRY_MS * NS_PER_MS;
@@ -6829,6 +8145,52 @@ supervisor_wait(struct supervisor *s)
 	sigemptyset(&none);
 	ppoll(NULL, 0, &time, &none);
 	s->now_ns = clock_ns();
+}
+
+/* What signals asked for. */
+static void
+supervisor_obey(struct supervisor *s)
+{
+	if (signal_stop > s->stops && s->stops++ < 2) {
+		if (s->draining)
+			supervisor_hurry(s);
+		else
+			supervisor_stop(s);
+	}
+	if (signal_usr1 && !(signal_usr1 = 0))
+		supervisor_reopen_log(s);
+	if (s->draining)
+		return;
+	if (signal_usr2 && !(signal_usr2 = 0)) {
+		supervisor_notify_reloading(s);
+		supervisor_upgrade(s);
+		supervisor_notify_ready(s);
+	}
+	if (signal_hup && !(signal_hup = 0)) {
+		supervisor_notify_reloading(s);
+		supervisor_reload_keys(s);
+		supervisor_renew(s);
+		supervisor_notify_ready(s);
+	}
+}
+
+/* What is due by the clock. */
+static void
+supervisor_tend(struct supervisor *s)
+{
+	if (s->resolved && !(s->resolved = false))
+		supervisor_resolved(s);
+	supervisor_hear(s);
+	supervisor_pet(s);
+	supervisor_resolve(s);
+	supervisor_watch(s);
+	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
+		if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
+			supervisor_spawn(s, (int)slot);
+	if (!s->draining && (s->hopeless || supervisor_idle(s))) {
+		log_note(s->log, s->hopeless ? "sandbox_impossible" : "idle", NULL);
+		supervisor_stop(s);
+	}
 }
 
 /* Serves until it is told to stop. Returns the exit status. */
@@ -6839,28 +8201,10 @@ supervisor_serve(struct supervisor *s)
 		supervisor_wait(s);
 		if (signal_child && !(signal_child = 0))
 			supervisor_reap(s);
-		if (signal_stop > s->stops && s->stops++ < 2) {
-			if (s->draining)
-				supervisor_hurry(s);
-			else
-				supervisor_stop(s);
-		}
+		supervisor_obey(s);
 		if (s->kill_ns != 0 && s->now_ns >= s->kill_ns)
 			break;
-		if (signal_usr1 && !(signal_usr1 = 0))
-			supervisor_reopen_log(s);
-		if (!s->draining) {
-			if (signal_usr2 && !(signal_usr2 = 0))
-				supervisor_upgrade(s);
-			if (signal_hup && !(signal_hup = 0)) {
-				supervisor_reload_keys(s);
-				supervisor_renew(s);
-			}
-			for (uint64_t slot = 0; slot < config.workers; slot++)
-				if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
-					supervisor_spawn(s, (int)slot);
-		}
-		supervisor_watch(s);
+		supervisor_tend(s);
 		log_flush(s->log);
 	}
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
@@ -6869,7 +8213,7 @@ supervisor_serve(struct supervisor *s)
 	pair_forget(s->pair);
 	log_note(s->log, "stopped", NULL);
 	log_flush(s->log);
-	return EXIT_SUCCESS;
+	return s->hopeless ? EX_CONFIG : EXIT_SUCCESS;
 }
 
 /* What USR2 will execute: the path that we were called by, so that a link to a newer version is followed. */
@@ -6887,54 +8231,211 @@ supervisor_binary(const char *argv0)
 	return n > 0 ? (path[n] = '\0', path) : argv0;
 }
 
+/* The shared table: what a binary before us left, else that of the file, else a new one. */
+static void
+supervisor_table(struct supervisor *s)
+{
+	uint64_t rows = ROWS_PER_WORKER * config.workers;
+	bool aside = false;
+
+	if (s->table == NULL && config.state != NULL)
+		s->table = table_open(config.state, rows, config.max_conns, &s->table_fd, &aside);
+	else if (s->table == NULL)
+		s->table = table_new(rows, config.max_conns, &s->table_fd);
+	if (aside)
+		say(STDERR_FILENO, "tinyauth: %s: was no table of this version and size; set aside as %s.old\n", config.state, config.state);
+	table_recover(s->table);
+}
+
+static struct log *
+log_new_from_config(void)
+{
+	struct log *log = map_new(sizeof *log, MAP_PRIVATE);
+	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;
+
+	if (fd < 0)
+		die(EX_CONFIG, "%s: cannot be opened for the log: %s; name another with --log", config.log, strerror(errno));
+	log->format = config.log_format;
+	log_use(log, fd);
+	return log;
+}
+
+static struct tls_pair *
+pair_from_config(int failure)
+{
+	struct mistake m;
+	struct tls_pair *pair = NULL;
+
+	if (config.tls_cert != NULL && (pair = pair_load(config.tls_cert, config.tls_key, clock_wall_ms() / 1000, &m)) == NULL)
+		die(failure, "%s", m.text);
+	return pair;
+}
+
+/* What keys there are is looked at before anything is opened. */
+static void
+keys_must_be_named(int failure)
+{
+	if (config.keys == NULL && !config.env_key)
+		die(failure, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
+}
+
+static void
+supervisor_tell_start(struct supervisor *s, uint64_t asked)
+{
+	char text[128];
+	struct out o = {text, 0, sizeof text, false};
+
+	supervisor_log_listeners(s);
+	out_walls(&o, s->walls);
+	log_sandbox(s->log, "sandbox", config.uid, config.gid, (struct slice){text, o.n});
+	if (config.max_conns < asked)
+		log_fewer_connections(s->log, config.max_conns);
+	if (config.idle_exit_ms != 0 && s->bound)
+		log_note(s->log, "idle_exit_ignored", "nobody would start the service again: the sockets are its own");
+	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	log_flush(s->log);
+	supervisor_notify_ready(s);
+}
+
 static int
 supervisor_run(char *const *argv)
 {
 	struct supervisor *s = map_new(sizeof *s, MAP_PRIVATE);
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "keys"};
-	struct mistake m;
 
-	s->log = map_new(sizeof *s->log, MAP_PRIVATE);
-	s->log->format = config.log_format;
 	s->argv = argv;
 	s->binary = supervisor_binary(argv[0]);
 	s->sessions_fd = -1;
 	s->watched[WATCHED_KEYS].path = config.keys;
-	s->now_ns = clock_ns();
+	s->now_ns = s->active_ns = clock_ns();
 	supervisor_signals();
 	uint64_t asked = config.max_conns;
 	supervisor_descriptors();
-	if (config.keys == NULL && !config.env_key)
-		die(EX_CONFIG, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
+	keys_must_be_named(EX_CONFIG);
+	names_find(EX_CONFIG);
 	supervisor_listen(s);
 	supervisor_inherit(s);
-	if (s->table == NULL)
-		s->table = table_new(ROWS_PER_WORKER * config.workers, config.max_conns, &s->table_fd);
+	supervisor_table(s);
 	if (!supervisor_publish(s, &bad) && s->keys == NULL)   /* an upgrade goes on with the keys it was handed */
 		return EX_CONFIG;
-	struct tls_pair *pair = NULL;
 	watched_begin(&s->watched[WATCHED_TLS_CERT], config.tls_cert);
 	watched_begin(&s->watched[WATCHED_TLS_KEY], config.tls_key);
-	if (config.tls_cert != NULL && (pair = pair_load(config.tls_cert, config.tls_key, clock_wall_ms() / 1000, &m)) == NULL)
-		die(EX_CONFIG, "%s", m.text);
+	struct tls_pair *pair = pair_from_config(EX_CONFIG);
 	if (pair != NULL && s->sessions == NULL)
 		s->sessions = sessions_new(&s->sessions_fd);
-	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;
-	if (fd < 0)
-		die(EX_CONFIG, "%s: cannot be opened for the log: %s; name another with --log", config.log, strerror(errno));
-	log_use(s->log, fd);
+	s->log = log_new_from_config();
 	if (pair != NULL)
 		supervisor_certify(s, pair);
+	supervisor_notify_open(s);
+	s->root = sandbox_directory();
+	s->walls = sandbox_probe(s->root);
+	sandbox_supervisor();
 	supervisor_generation(s);
 	s->serving = true;
-	supervisor_log_listeners(s);
-	if (config.max_conns < asked)
-		log_fewer_connections(s->log, config.max_conns);
-	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
-	log_flush(s->log);
+	supervisor_tell_start(s, asked);
 	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
+	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
 	signal_child = 1;
 	return supervisor_serve(s);
+}
+
+/* ---- one connection ------------------------------------------------------------------------------------------ */
+
+/* The connection: what systemd passed in, else stdin, with stdout where that is no socket. */
+static void
+inetd_descriptors(struct supervisor *s, int *in, int *out)
+{
+	struct stat st;
+	int listens = 0;
+	socklen_t len = sizeof listens;
+
+	*in = listeners_passed(s) == 1 ? s->listener[0] : STDIN_FILENO;
+	bool socket = fstat(*in, &st) == 0 && S_ISSOCK(st.st_mode);
+	*out = socket ? *in : STDOUT_FILENO;
+	if (socket && getsockopt(*in, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && listens)
+		die(EX_USAGE, "-i takes a connection, and this is a listening socket: write nowait in inetd.conf, Accept=yes in a socket unit");
+}
+
+/* Who is at the other end: the socket knows; of a pipe the environment may tell, as inetd, tcpserver and systemd write it. */
+static void
+inetd_peer(int fd, struct sockaddr_storage *peer)
+{
+	static const char *const NAMES[] = {"REMOTE_ADDR", "TCPREMOTEIP", "REMOTE_HOST"};
+	socklen_t len = sizeof *peer;
+	unsigned char ip[16];
+
+	memset(peer, 0, sizeof *peer);
+	if (getpeername(fd, (struct sockaddr *)peer, &len) == 0 && peer->ss_family != AF_UNIX)
+		return;
+	*peer = (struct sockaddr_storage){.ss_family = AF_UNIX};
+	for (size_t i = 0; i < LENGTH(NAMES); i++) {
+		const char *value = getenv(NAMES[i]);
+		if (value != NULL && ip_read(slice_of(value), ip)) {
+			*peer = ip_address(ip);
+			return;
+		}
+	}
+}
+
+/* The log of a connection that inetd made also stderr of: there must not be one, unless --log names a file. */
+static struct log *
+inetd_log(int connection)
+{
+	struct log *log = log_new_from_config();
+	struct stat a, b;
+
+	log->off = config.log == NULL && fstat(connection, &a) == 0 && fstat(STDERR_FILENO, &b) == 0 && a.st_dev == b.st_dev &&
+	           a.st_ino == b.st_ino;
+	return log;
+}
+
+/* Serves the one connection on stdin and stdout. Limits are shared with other such processes through --state. */
+static int
+inetd_run(void)
+{
+	struct supervisor *s = map_new(sizeof *s, MAP_PRIVATE);
+	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
+	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "keys"};
+	struct sockaddr_storage peer;
+	bool aside, heard;
+	int in, out, one = 1;
+
+	keys_must_be_named(EX_CONFIG);
+	inetd_descriptors(s, &in, &out);
+	inetd_peer(in, &peer);
+	names_find(EX_CONFIG);
+	if (!supervisor_publish(s, &bad))
+		return EX_CONFIG;
+	config.max_conns = 1;
+	w->keys = s->keys;
+	w->pair = pair_from_config(EX_CONFIG);
+	w->table = config.state != NULL ? table_open(config.state, INETD_ROWS, 1, &s->table_fd, &aside) : table_new(1, 1, &s->table_fd);
+	table_recover(w->table);
+	w->row = table_row_take(w->table);
+	w->log = inetd_log(in);
+	w->control = -1;
+	int root = sandbox_directory(), flags = fcntl(out, F_GETFL);
+	fcntl(in, F_SETFL, fcntl(in, F_GETFL) | O_NONBLOCK);
+	fcntl(out, F_SETFL, flags | O_NONBLOCK);
+	setsockopt(in, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	worker_ready(w, root, sandbox_probe(root));
+	bool secure = w->pair != NULL && peer.ss_family != AF_UNIX;
+	enum reason refused = worker_admits(w, &peer, secure, &heard);
+	if (refused != R_NONE)
+		worker_turn_away(w, in, &peer, refused, secure, heard);
+	if (refused == R_NONE || heard) {
+		struct conn *c = conn_open(w, in, out, &peer, secure);
+		c->refused = (uint8_t)refused;
+		c->client.seen = POLLIN;
+		worker_queue(w, c);
+	}
+	while (w->used > 0)
+		worker_turn(w);
+	log_flush(w->log);
+	if (w->row != NULL)
+		table_row_give(w->row);
+	fcntl(out, F_SETFL, flags);          /* a terminal or pipe that others go on with; a socket is closed by now */
+	return EXIT_SUCCESS;
 }
 
 /* ============================================================================================================= *
@@ -6990,6 +8491,22 @@ edit_verify(struct slice text, const char *path)
 	}
 }
 
+/* Follows links, so that the file itself is replaced and not the link to it. */
+static void
+edit_follow(char path[PATH_MAX])
+{
+	char target[PATH_MAX];
+	ssize_t n;
+
+	for (int links = 0; links < 8 && (n = readlink(path, target, sizeof target - 1)) > 0; links++) {
+		char *slash = strrchr(path, '/'), *to = target[0] == '/' || slash == NULL ? path : slash + 1;
+		if ((size_t)n >= PATH_MAX - (size_t)(to - path))
+			return;
+		memcpy(to, target, (size_t)n);
+		to[n] = '\0';
+	}
+}
+
 static struct slice
 edit_open(struct edit *e)
 {
@@ -6998,8 +8515,8 @@ edit_open(struct edit *e)
 
 	if (strlen(path) >= sizeof e->path)
 		die(EXIT_FAILURE, "%s: the path is too long", path);
-	if (realpath(path, e->path) == NULL)
-		strcpy(e->path, path);
+	strcpy(e->path, path);
+	edit_follow(e->path);
 	edit_lock(e);
 	bad.file = e->path;
 	if (!keys_read(e->path, &e->file, &bad))
@@ -7245,13 +8762,10 @@ check_certificate(void)
 {
 	uint64_t now_s = clock_wall_ms() / 1000;
 	char from[24], until[24];
-	struct mistake m;
 
 	if (config.tls_cert == NULL)
 		return say(STDOUT_FILENO, "tls       none: keys go over the wire in plain text\n");
-	struct tls_pair *pair = pair_load(config.tls_cert, config.tls_key, now_s, &m);
-	if (pair == NULL)
-		die(EXIT_FAILURE, "%s", m.text);
+	struct tls_pair *pair = pair_from_config(EXIT_FAILURE);
 	date_write(from, pair->from_s);
 	date_write(until, pair->until_s);
 	bool good = say(STDOUT_FILENO, "tls       %s, %u certificates\nsubject   %s\nnames     %s\nexpires   %sZ\n", config.tls_cert,
@@ -7263,6 +8777,21 @@ check_certificate(void)
 		    from);
 	pair_forget(pair);
 	return good;
+}
+
+/* What a worker's sandbox would be made of here. */
+static bool
+check_sandbox(void)
+{
+	char text[128];
+	struct out o = {text, 0, sizeof text, false};
+	int root = sandbox_directory();
+
+	out_walls(&o, sandbox_probe(root));
+	if (geteuid() == 0)
+		return say(STDOUT_FILENO, "sandbox   %.*s; workers run as %llu:%llu\n", (int)o.n, text, (unsigned long long)config.uid,
+		    (unsigned long long)config.gid);
+	return say(STDOUT_FILENO, "sandbox   %.*s; workers run as who starts them\n", (int)o.n, text);
 }
 
 static bool
@@ -7281,6 +8810,19 @@ check_rate(void)
 	    (unsigned long long)config.ip_rate.burst);
 }
 
+static bool
+check_trust(const struct cidr *net)
+{
+	char text[ADDR_TEXT_MAX];
+	struct sockaddr_storage ss = ip_address(net->ip);
+	bool v4 = IN6_IS_ADDR_V4MAPPED(&((struct sockaddr_in6 *)&ss)->sin6_addr);
+
+	if (net->local)
+		return say(STDOUT_FILENO, "trusted   unix sockets\n");
+	addr_text(&ss, text);
+	return say(STDOUT_FILENO, "trusted   %s/%u\n", text, v4 ? net->bits - 96u : net->bits);
+}
+
 /* Prints what would run. Exit status 0: it would. */
 static int
 command_check(void)
@@ -7290,8 +8832,8 @@ command_check(void)
 	size_t size;
 	int fd;
 
-	if (config.keys == NULL && !config.env_key)
-		die(EXIT_FAILURE, "no keys: there is neither ./keys nor /etc/tinyauth/keys; make one with 'tinyauth key add NAME'");
+	keys_must_be_named(EXIT_FAILURE);
+	names_find(EXIT_FAILURE);
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))
 		return EXIT_FAILURE;
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
@@ -7308,13 +8850,84 @@ command_check(void)
 	    config.env_key ? config.keys != NULL ? " and TINYAUTH_KEY" : "TINYAUTH_KEY" : "");
 	for (unsigned i = 0; i < config.listens; i++)
 		good = good && say(STDOUT_FILENO, "listen    %s\n", config.listen[i].text);
+	if (config.inetd)
+		good = good && say(STDOUT_FILENO, "limits    %s\n", config.state != NULL ? config.state
+		    : "hold for each connection alone; share them with --state FILE");
+	for (unsigned i = 0; i < config.trusts; i++)
+		good = good && check_trust(&config.trust[i]);
 	good = good && say(STDOUT_FILENO, "upstream  %s (Host: %s)\n", config.upstream.text, config.upstream.host) &&
 	    say(STDOUT_FILENO, "workers   %llu, %llu connections each, at most %llu KB each\n", (unsigned long long)config.workers,
 	        (unsigned long long)config.max_conns, (unsigned long long)check_memory()) &&
 	    check_rate() &&
 	    say(STDOUT_FILENO, "log       %s, %s\n", config.log != NULL ? config.log : "stderr",
 	        config.log_format == LOG_JSON ? "json" : "logfmt");
-	return good && check_certificate() ? EXIT_SUCCESS : EXIT_FAILURE;
+	return good && check_certificate() && check_sandbox() ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+/* `http://HOST[:PORT][/PATH]` or `unix:PATH`: who is asked, and for what. */
+static void
+probe_read(const char *url, struct addr *a, struct slice *path)
+{
+	struct slice rest = slice_of(url), scheme = S("http://");
+	struct addr found[UPSTREAM_ADDRS];
+	struct mistake m;
+	char host[sizeof a->text];
+	unsigned n = 0;
+
+	config = (struct config){.uid = NOBODY, .gid = NOBODY};   /* for looking up a name */
+	*path = S("/health");
+	if (strncmp(url, "https://", 8) == 0)
+		scheme = S("https://");
+	if (slice_starts_like(rest, scheme))
+		rest = slice_from(rest, scheme.n);
+	else if (strncmp(url, "unix:", 5) != 0)
+		die(EX_USAGE, "check --url: '%s' is not http://HOST[:PORT][/PATH], https://... or unix:PATH", url);
+	const char *slash = strncmp(url, "unix:", 5) == 0 ? NULL : memchr(rest.p, '/', rest.n);
+	struct slice authority = {rest.p, slash == NULL ? rest.n : (size_t)(slash - rest.p)};
+	if (slash != NULL && rest.p + rest.n - slash > 1)
+		*path = slice_from(rest, authority.n);
+	bool port = memrchr(authority.p, ':', authority.n) != NULL && authority.p[authority.n - 1] != ']';
+	text_print(host, sizeof host, "%.*s%s", (int)(authority.n < 100 ? authority.n : 100), authority.p,
+	    port ? "" : scheme.n == 8 ? ":443" : ":80");
+	if (!addr_read(host, a, &n, false, &m))
+		die(EX_USAGE, "check --url: %s", m.text);
+	if (n == 0 && name_find(host, "url", false, found, EXIT_FAILURE) > 0)
+		*a = found[0];
+}
+
+/* Asks a server that runs, as a container's health check does where there is neither shell nor curl. To a TLS port it speaks
+ * plain HTTP: the refusal that a worker answers with shows that it is alive. */
+static int
+command_probe(const char *url)
+{
+	struct timeval limit = {.tv_sec = 5};
+	struct addr a;
+	struct slice path;
+	char text[2048];
+	struct out o = {text, 0, sizeof text, false};
+	bool tls = strncmp(url, "https://", 8) == 0;
+	size_t got = 0;
+	ssize_t n = 0;
+
+	probe_read(url, &a, &path);
+	int fd = socket(a.ss.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd >= 0) {
+		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+		setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+	}
+	if (fd < 0 || connect(fd, (struct sockaddr *)&a.ss, a.len) != 0)
+		die(EXIT_FAILURE, "check --url: cannot connect to %s: %s", a.text, strerror(errno));
+	out_print(&o, "GET %.*s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (int)path.n, path.p);
+	if (!write_whole(fd, (struct slice){o.p, o.n}))
+		die(EXIT_FAILURE, "check --url: %s: %s", a.text, strerror(errno));
+	while (got < sizeof text - 1 && (n = recv(fd, text + got, sizeof text - 1 - got, 0)) > 0)
+		got += (size_t)n;
+	text[got] = '\0';
+	struct slice answer = {text, got}, line = text_line(&answer), want = tls ? S("HTTP/1.1 400 ") : S("HTTP/1.1 200 ");
+	bool alive = slice_starts_like(line, want) && (!tls || strstr(text, "speaks TLS") != NULL);
+	if (!alive)
+		die(EXIT_FAILURE, "check --url: %s answers '%.*s'", a.text, (int)line.n, line.p);
+	return EXIT_SUCCESS;
 }
 
 /* ============================================================================================================= *
@@ -7324,6 +8937,7 @@ command_check(void)
 int
 main(int argc, char **argv)
 {
+	descriptors_fill();
 	signal(SIGPIPE, SIG_IGN);            /* a failed write is an error like others */
 	signal(SIGXFSZ, SIG_IGN);
 	bool check = argc > 1 && strcmp(argv[1], "check") == 0, key = argc > 1 && strcmp(argv[1], "key") == 0, usage;
@@ -7335,11 +8949,15 @@ main(int argc, char **argv)
 		return config_help(STDOUT_FILENO) ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (argc > 1 && (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0))
 		return say(STDOUT_FILENO, "tinyauth " TINYAUTH_VERSION "\n") ? EXIT_SUCCESS : EXIT_FAILURE;
+	if (check && argc == 4 && strcmp(argv[2], "--url") == 0)
+		return command_probe(argv[3]);
 	if (!config_read(&config, argv + 1 + (check || key), words, key ? WORDS_MAX : 0, &usage, &m))
 		die(usage ? EX_USAGE : check ? EXIT_FAILURE : EX_CONFIG, "%s", m.text);
 	while (words[n] != NULL)
 		n++;
 	if (key)
 		return command_key(words, n);
-	return check ? command_check() : supervisor_run(argv);
+	if (check)
+		return command_check();
+	return config.inetd ? inetd_run() : supervisor_run(argv);
 }

@@ -61,6 +61,7 @@ enum {
 	TLS_IN = 16384 + 325,        /* the largest record with what may surround it [RFC 5246 6.2.3] */
 	TLS_OUT = 16384 + 85,        /* the same for the cipher suites that we send with */
 	TLS_RECORD = 16384,          /* plain bytes of a record at most */
+	TLS_RSA_MAX = 512,           /* bytes of an RSA modulus: 4096 bits, the most that BearSSL computes with */
 	TLS_WARN_DAYS = 14,          /* a certificate that ends sooner is warned about, once a day */
 	HANDSHAKE_MS = 10000,        /* for a TLS handshake, from accept */
 
@@ -76,6 +77,13 @@ enum {
 
 	WORDS_MAX = 64,              /* words of a command: `key add` with its attributes */
 	LISTEN_MAX = 16,             /* listeners */
+	NOBODY = 65534,              /* the user that workers become when none is named */
+	TRUST_MAX = 32,              /* networks of trusted peers */
+	PROXY_HEAD_MAX = 1024,       /* bytes of a PROXY header; longer is refused */
+	INETD_ROWS = 1024,           /* rows of a --state file that inetd made: connections at one time that are counted */
+	RESOLVE_MS = 10000,          /* for a name to be looked up */
+	RESOLVE_EVERY_MS = 30000,    /* time between two looks at the upstream's name */
+	PINGS_MAX = 3,               /* a worker that leaves more pings unanswered is stuck, and killed */
 	UPSTREAM_ADDRS = 4,          /* addresses tried for one upstream name */
 	WORKERS_MAX = 256,           /* workers of a generation */
 	CHILDREN_MAX = 1024,         /* workers alive: the serving generation and all that still drain */
@@ -247,10 +255,11 @@ struct rate_slot {
 	_Atomic uint64_t tat_ns;     /* theoretical arrival time, CLOCK_MONOTONIC */
 };
 
-/* What one worker holds. Only that worker writes it, and the supervisor when the worker is gone. */
+/* What one worker holds. Only that worker writes it, and who finds it dead. */
 struct conn_row {
-	uint32_t taken;              /* a living worker has it */
+	_Atomic uint32_t taken;      /* process id of the worker that has it; 0: none */
 	uint32_t used;               /* entries that may be other than 0 */
+	_Atomic uint64_t accepts;    /* connections that it took, ever */
 	_Atomic uint64_t address[];  /* for each connection the identity of its client address */
 };
 
@@ -261,7 +270,7 @@ struct table {
 	uint32_t rows, conns;        /* rows that follow this struct, and entries of each */
 	struct rate_slot address[RATE_SETS][RATE_WAYS];
 };
-#define TABLE_MAGIC 0x326c626174796e74ull
+#define TABLE_MAGIC 0x336c626174796e74ull
 _Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
 
 /* TLS sessions that can be resumed, by every worker of every generation: one mapping of its own, never in a file. A slot
@@ -287,11 +296,19 @@ _Static_assert(sizeof(struct session_slot) == 104, "layout shared by processes o
 
 enum log_format { LOG_LOGFMT, LOG_JSON };
 
+/* A network, IPv4 as ::ffff:a.b.c.d/96+n. */
+struct cidr {
+	unsigned char ip[16];
+	uint8_t bits;
+	bool local;                  /* peers of unix sockets instead */
+};
+
 struct upstream {
 	char text[128];              /* as configured, for logs and messages */
 	char host[128];              /* what the Host field says to it */
 	struct addr addr[UPSTREAM_ADDRS];
 	unsigned addrs;
+	bool named;                  /* by a name, which is looked up again now and then */
 };
 
 /* Frozen once serving starts. Times in ms. */
@@ -308,6 +325,12 @@ struct config {
 	struct rate ip_rate;
 	uint64_t ip_conns;
 	const char *tls_cert, *tls_key;  /* paths; both or neither */
+	const char *state;           /* path, or NULL: the shared table is anonymous */
+	uint64_t uid, gid;           /* what workers become when the server is started as root */
+	struct cidr trust[TRUST_MAX];
+	unsigned trusts;
+	uint64_t idle_exit_ms;       /* 0: never */
+	bool inetd;                  /* serve one connection, on stdin and stdout */
 	const char *log;             /* path, or NULL: stderr */
 	int log_format;
 	uint64_t header_ms, connect_ms, first_byte_ms, idle_ms, keepalive_ms, drain_ms;
@@ -323,6 +346,7 @@ struct log {
 	bool regular;                /* a file: any length in one write */
 	bool socket;                 /* sent with MSG_DONTWAIT */
 	bool own;                    /* the description is ours and non-blocking */
+	bool off;                    /* there is nowhere to write to */
 	size_t n;                    /* bytes waiting in buf */
 	uint64_t dropped;            /* lines that found no room */
 	uint64_t second;             /* the second that `date` shows */
@@ -340,6 +364,7 @@ struct tls_link;
 /* One side of a connection. Interest in it is derived from the state on each turn. */
 struct link {
 	int fd;                      /* -1: closed */
+	int out;                     /* the same, or where to write when they are the two ends of pipes */
 	struct tls_link *tls;        /* NULL: plain */
 	short seen;                  /* poll events of this turn that nobody used up yet */
 	short watched;               /* events registered in the epoll set; 0: not there */
@@ -362,7 +387,8 @@ struct pipe {
 
 enum state {
 	S_FREE,
-	S_TLS,                       /* accepted, in the TLS handshake */
+	S_NEW,                       /* accepted; a trusted peer may send a PROXY header first */
+	S_TLS,                       /* in the TLS handshake */
 	S_OPEN,                      /* ready for a request, nothing came yet */
 	S_IDLE,                      /* between two requests */
 	S_HEAD,                      /* some of a head is there */
@@ -421,8 +447,11 @@ struct conn {
 	bool waiting;                /* in the list of those that give way */
 	bool reset;                  /* the client has to see a cut, not an end */
 	uint8_t refused;             /* enum reason: turned away as soon as that can be said, after the TLS handshake */
-	char addr[ADDR_TEXT_MAX];
-	uint64_t addr_id;            /* keyed hash of the address, IPv6 by its /64 */
+	bool secure;                 /* the listener speaks TLS */
+	bool trusted;                /* the peer's word on who its clients are is believed */
+	unsigned char peer[16];      /* who is at the other end, IPv4 as ::ffff:a.b.c.d; zeros: a unix socket */
+	char addr[ADDR_TEXT_MAX];    /* the client, which a trusted peer may have named */
+	uint64_t addr_id;            /* keyed hash of its address, IPv6 by its /64 */
 };
 _Static_assert(sizeof(struct conn) <= 512, "an idle connection costs a struct of at most 512 bytes");
 
@@ -463,6 +492,7 @@ struct worker {
 	int control;                 /* from the supervisor; its end means that it is gone */
 	int epoll;                   /* -1: none, all go in the poll set */
 	bool draining;
+	bool connect_failed;         /* the upstream's name may mean another address by now */
 	struct head head;            /* the head that is being looked at; valid within one step */
 };
 
@@ -471,11 +501,15 @@ struct child {
 	int control;
 	int slot;                    /* number among the workers of its generation */
 	struct conn_row *row;        /* what it holds in the shared table */
+	unsigned pings;              /* that it did not answer yet */
 	bool draining;
 	uint64_t born_ns;
 };
 
 enum watched_file { WATCHED_KEYS, WATCHED_TLS_CERT, WATCHED_TLS_KEY, WATCHED_COUNT };
+
+/* Parts of the sandbox. */
+enum { WALL_USER = 1, WALL_ROOT = 2, WALL_PRIVILEGES = 4, WALL_SECCOMP = 8, WALL_FILES = 16, WALL_CONNECT = 32 };
 
 struct supervisor {
 	struct log *log;
@@ -501,6 +535,16 @@ struct supervisor {
 		} loaded, last;
 	} watched[WATCHED_COUNT];
 	uint64_t look_ns, now_ns;
+	int root;                    /* directory that becomes the workers' root; -1: none */
+	unsigned walls;              /* what a worker's sandbox should have */
+	int notify;                  /* socket of the service manager; -1: none */
+	uint64_t watchdog_ns;        /* time between two words to it that all is well; 0: it does not want them */
+	uint64_t pet_ns;             /* when the next one is due */
+	bool resolved;               /* the child is gone, its answer is there */
+	bool hopeless;               /* a worker could not give up root */
+	int resolver, resolver_fd;   /* child that looks up the upstream's name, and its answer; 0: none */
+	uint64_t resolve_ns;         /* when the name is looked up again; with a child: when that one is given up */
+	uint64_t accepts, active_ns; /* connections ever; when one was open last, or came */
 	uint64_t warn_ns;            /* when a certificate that ends soon is warned about again */
 	bool draining;
 	int stops;                   /* TERM and INT that were acted on */

@@ -870,9 +870,9 @@ test_addresses_good(void)
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
 		struct addr a = {.len = 0};
-		CHECK_OF(CASES[i].text, addr_read(CASES[i].text, &a, 1, &n, true, &m) && n == 1);
+		CHECK_OF(CASES[i].text, addr_read(CASES[i].text, &a, &n, true, &m) && n == 1);
 		CHECK_OF(CASES[i].text, text_is(a.text, CASES[i].written) && a.ss.ss_family == CASES[i].family && a.len > 0);
-		CHECK_OF(CASES[i].text, addr_read(CASES[i].text, &a, 1, &n, false, &m) == !CASES[i].listen_only);
+		CHECK_OF(CASES[i].text, addr_read(CASES[i].text, &a, &n, false, &m) == !CASES[i].listen_only);
 	}
 }
 
@@ -898,17 +898,17 @@ test_addresses_bad(void)
 	unsigned n;
 
 	for (size_t i = 0; i < LENGTH(CASES); i++) {
-		CHECK_OF(CASES[i].text, !addr_read(CASES[i].text, &a, 1, &n, true, &m));
+		CHECK_OF(CASES[i].text, !addr_read(CASES[i].text, &a, &n, true, &m));
 		CHECK_OF(m.text, text_is(m.text, CASES[i].why));
 	}
-	CHECK(!addr_read(":80", &a, 1, &n, false, &m) && text_is(m.text, "':80' has no host; write HOST:PORT"));
+	CHECK(!addr_read(":80", &a, &n, false, &m) && text_is(m.text, "':80' has no host; write HOST:PORT"));
 	out_text(&path, "unix:");
 	out_repeat(&path, "p", 107);
 	path.p[path.n] = '\0';
-	CHECK(addr_read(path.p, &a, 1, &n, true, &m));
+	CHECK(addr_read(path.p, &a, &n, true, &m));
 	out_text(&path, "p");
 	path.p[path.n] = '\0';
-	CHECK(!addr_read(path.p, &a, 1, &n, true, &m));
+	CHECK(!addr_read(path.p, &a, &n, true, &m));
 }
 
 static void
@@ -1583,7 +1583,7 @@ identity_of(const struct table *t, const char *text)
 	struct mistake m;
 	unsigned n;
 
-	CHECK_OF(text, addr_read(text, &a, 1, &n, true, &m));
+	CHECK_OF(text, addr_read(text, &a, &n, true, &m));
 	return table_address_id(t, &a.ss);
 }
 
@@ -3442,7 +3442,7 @@ rig_connect(struct rig *r)
 	int fd[2];
 
 	CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, fd) == 0);
-	conn_open(r->w, fd[0], &PEER, false);
+	conn_open(r->w, fd[0], fd[0], &PEER, false);
 	r->c = r->w->polled.prev;
 	r->client = fd[1];
 }
