@@ -632,7 +632,7 @@ def main():
     if options.unix:
         local = socket.socket(socket.AF_UNIX)
         local.bind(options.unix)
-        os.chmod(args.unix, 0o777)      # workers come as nobody
+        os.chmod(options.unix, 0o777)      # workers come as nobody
         local.listen(4096)
         threading.Thread(target=server.accept, args=(local,), daemon=True).start()
     print(f"port={listener.getsockname()[1]}", flush=True)
