@@ -603,6 +603,35 @@ map_new(size_t n, int flags)
 	return p;
 }
 
+static struct pool
+pool_new(size_t max, size_t each)
+{
+	return (struct pool){map_new(max * each, MAP_PRIVATE), each, max, 0, max, NULL};
+}
+
+/* A place, or NULL: all are in use. */
+static void *
+pool_take(struct pool *p)
+{
+	void *place = p->given;
+
+	if (p->left == 0)
+		return NULL;
+	p->left--;
+	if (place == NULL)
+		return p->mem + p->fresh++ * p->each;
+	memcpy(&p->given, place, sizeof p->given);
+	return place;
+}
+
+static void
+pool_give(struct pool *p, void *place)
+{
+	memcpy(place, &p->given, sizeof p->given);
+	p->given = place;
+	p->left++;
+}
+
 /* A mapping that children share: a memfd, which an upgrade can hand over, or where there is none anonymous, *fd -1. */
 static void *
 map_shared(const char *name, size_t n, int *fd)
@@ -4378,14 +4407,13 @@ struct tls {
 	const br_block_ctr_class *aes;
 	br_ghash ghash;
 	char *stage;                         /* records on their way into an engine; empty between two calls */
-	struct tls_link *free;
+	struct pool links;
 };
 
 /* One TLS link, in a place of the pool that begins a page of its own. Its context must not move. */
 struct tls_link {
 	br_ssl_server_context sc;
 	struct tls *home;
-	struct tls_link *next;               /* in the free list */
 	size_t owed;                         /* plain bytes of the record that is on its way out */
 	uint32_t most_in, most_out;          /* how far the buffers were touched */
 	bool spoke;                          /* something came */
@@ -4473,9 +4501,9 @@ static struct tls *
 tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 {
 	struct tls *home = map_new(sizeof *home, MAP_PRIVATE);
-	char *place = map_new(max * TLS_PLACE, MAP_PRIVATE);
 
-	madvise(place, max * TLS_PLACE, MADV_DONTDUMP);
+	home->links = pool_new(max, TLS_PLACE);
+	madvise(home->links.mem, max * TLS_PLACE, MADV_DONTDUMP);
 	home->cache = &SESSION_CACHE;
 	home->pair = pair;
 	home->sessions = sessions;
@@ -4488,11 +4516,6 @@ tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 	if (!fast) {
 		home->aes = TLS_AES;
 		home->ghash = TLS_GHASH;
-	}
-	for (size_t i = max; i-- > 0;) {
-		struct tls_link *t = (struct tls_link *)(void *)(place + i * TLS_PLACE);
-		t->next = home->free;
-		home->free = t;
 	}
 	return home;
 }
@@ -4542,8 +4565,7 @@ tls_drop(struct link *l)
 	struct tls *home = t->home;
 	wipe(t, offsetof(struct tls_link, in) + t->most_in);
 	wipe(t->out, t->most_out);
-	t->next = home->free;
-	home->free = t;
+	pool_give(&home->links, t);
 	l->tls = NULL;
 }
 
@@ -4769,10 +4791,9 @@ link_await(struct link *l, size_t n)
 static bool
 link_secure(struct link *l, struct tls *home)
 {
-	struct tls_link *t = l->tls = home->free;
+	struct tls_link *t = l->tls = pool_take(&home->links);
 	unsigned char seed[32];
 
-	home->free = t->next;
 	memset(t, 0, offsetof(struct tls_link, in));
 	t->home = home;
 	tls_profile(t);
@@ -5007,19 +5028,13 @@ pipe_empty(struct pipe *p)
 	p->keep = false;
 }
 
-static void
-buf_give(struct worker *w, char *buf)
-{
-	w->free_buf[w->free_bufs++] = buf;
-}
-
 /* Forgets what the pipe holds. */
 static void
 pipe_drop(struct worker *w, struct pipe *p)
 {
 	if (p->mem != NULL && !pipe_on_scratch(w, p)) {
 		wipe(p->mem + SLACK, p->end - SLACK);
-		buf_give(w, p->mem);
+		pool_give(&w->bufs, p->mem);
 	}
 	pipe_empty(p);
 }
@@ -5036,7 +5051,7 @@ pipe_settle(struct worker *w, struct pipe *p)
 	if (from == p->ready && p->raw == p->end)
 		pipe_drop(w, p);
 	else if (pipe_on_scratch(w, p)) {
-		char *buf = w->free_buf[--w->free_bufs];
+		char *buf = pool_take(&w->bufs);
 		memcpy(buf + from, p->mem + from, p->end - from);
 		p->mem = buf;
 	}
@@ -5301,11 +5316,24 @@ conn_enter(struct worker *w, struct conn *c, enum state state)
 
 /* ---- who the client is --------------------------------------------------------------------------------------- */
 
+/* Connections by number, from 0 to the first that was never used. */
+static struct conn *
+conn_at(const struct worker *w, size_t number)
+{
+	return (struct conn *)(void *)w->conns.mem + number;
+}
+
+static size_t
+conn_number(const struct worker *w, const struct conn *c)
+{
+	return (size_t)(c - conn_at(w, 0));
+}
+
 /* Tells the other workers of an open connection of an address; id 0: it is closed. */
 static void
 conn_count(struct worker *w, const struct conn *c, uint64_t id)
 {
-	uint32_t at = (uint32_t)(c - w->conns);
+	uint32_t at = (uint32_t)conn_number(w, c);
 
 	if (w->row == NULL)
 		return;
@@ -5383,7 +5411,7 @@ static void
 request_begin(struct worker *w, struct conn *c, size_t n)
 {
 	const struct head *h = &w->head;
-	struct request *r = c->request = w->free_request[--w->free_requests];
+	struct request *r = c->request = pool_take(&w->requests);
 
 	memset(r, 0, offsetof(struct request, method));
 	r->begin_ns = w->now_ns;
@@ -5421,7 +5449,7 @@ request_end(struct worker *w, struct conn *c, enum reason reason)
 		r->status = REASONS[r->reason].status;
 	if (!r->quiet)
 		log_access(w->log, w->now_ns, w->wall_ms, c, REASONS[r->reason].word, r->connected ? config.upstream.text : "");
-	w->free_request[w->free_requests++] = r;
+	pool_give(&w->requests, r);
 	c->request = NULL;
 }
 
@@ -6120,17 +6148,15 @@ conn_close(struct worker *w, struct conn *c)
 		c->prev->next = c->next;
 	}
 	c->state = S_FREE;
-	c->next = w->free_conn;
-	w->free_conn = c;
+	pool_give(&w->conns, c);
 	w->used--;
 }
 
 static struct conn *
 conn_open(struct worker *w, int fd, int out, const struct sockaddr_storage *peer, bool secure)
 {
-	struct conn *c = w->free_conn;
+	struct conn *c = pool_take(&w->conns);
 
-	w->free_conn = c->next;
 	w->used++;
 	memset(c, 0, sizeof *c);
 	link_open(&c->client, fd);
@@ -6714,23 +6740,14 @@ worker_map(struct worker *w)
 {
 	size_t max = config.max_conns;
 
-	w->conns = map_new(max * sizeof *w->conns, MAP_PRIVATE);
-	w->requests = map_new(max * sizeof *w->requests, MAP_PRIVATE);
-	w->free_request = map_new(max * sizeof *w->free_request, MAP_PRIVATE);
-	w->free_buf = map_new(2 * max * sizeof *w->free_buf, MAP_PRIVATE);
+	w->conns = pool_new(max, sizeof(struct conn));
+	w->requests = pool_new(max, sizeof(struct request));
+	w->bufs = pool_new(2 * max, BUF_SIZE);
 	w->ready = map_new((max + LISTEN_MAX * ACCEPTS_MAX) * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new((2 * max + LISTEN_MAX + 2) * sizeof *w->pfd, MAP_PRIVATE);
 	w->event = map_new(2 * max * WATCH_EVENT, MAP_PRIVATE);
-	char *buf = map_new(2 * max * BUF_SIZE, MAP_PRIVATE);
 	char *scratch = map_new(4 * BUF_SIZE, MAP_PRIVATE);
 
-	for (size_t i = max; i-- > 0;) {
-		w->conns[i].next = w->free_conn;
-		w->free_conn = &w->conns[i];
-		w->free_request[w->free_requests++] = &w->requests[i];
-		w->free_buf[w->free_bufs++] = buf + (2 * i + 1) * BUF_SIZE;
-		w->free_buf[w->free_bufs++] = buf + 2 * i * BUF_SIZE;
-	}
 	for (int i = 0; i < 4; i++)
 		w->scratch[i / 2][i % 2] = scratch + i * BUF_SIZE;
 	w->tls = w->pair != NULL ? tls_new(w->pair, w->sessions, max) : NULL;
@@ -6810,7 +6827,7 @@ watch_open(void)
 static void
 watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
 {
-	struct epoll_event e = {.events = (uint32_t)interest, .data.u64 = (uint64_t)(c - w->conns) * 2 + (unsigned)side};
+	struct epoll_event e = {.events = (uint32_t)interest, .data.u64 = (uint64_t)conn_number(w, c) * 2 + (unsigned)side};
 	int op = l->watched == 0 ? EPOLL_CTL_ADD : interest == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
 
 	if (l->fd < 0 || (l->watched == 0 && interest == 0))
@@ -6829,7 +6846,7 @@ worker_collect_parked(struct worker *w)
 	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns), 0);
 
 	for (int i = 0; i < n; i++) {
-		struct conn *c = &w->conns[w->event[i].data.u64 / 2];
+		struct conn *c = conn_at(w, w->event[i].data.u64 / 2);
 		struct link *l = w->event[i].data.u64 % 2 == 0 ? &c->client : &c->upstream;
 		if (!c->queued)
 			c->client.seen = c->upstream.seen = 0;
@@ -7012,11 +7029,11 @@ worker_admits(struct worker *w, const struct sockaddr_storage *peer, bool secure
 	ip_of(peer, ip);
 	if (!ip_trusted(&config, ip)) {
 		uint64_t open = table_connections(w->table, table_address_id(w->table, peer), 2 * config.ip_conns);
-		*heard = secure && open >= config.ip_conns && open < 2 * config.ip_conns && w->free_conn != NULL;
+		*heard = secure && open >= config.ip_conns && open < 2 * config.ip_conns && w->conns.left > 0;
 		if (open >= config.ip_conns)
 			return R_IP_CONNS;
 	}
-	return w->free_conn != NULL || worker_make_room(w) ? R_NONE : R_FULL;
+	return w->conns.left > 0 || worker_make_room(w) ? R_NONE : R_FULL;
 }
 
 /* Takes what waits on a listener. When descriptors or memory run out, accepting pauses instead of spinning. */
@@ -7063,8 +7080,8 @@ worker_sweep(struct worker *w)
 	uint64_t next = UINT64_MAX;
 
 	w->sweep_ns = UINT64_MAX;
-	for (size_t i = 0; i < config.max_conns && w->used > 0; i++) {
-		struct conn *c = &w->conns[i];
+	for (size_t i = 0; i < w->conns.fresh && w->used > 0; i++) {
+		struct conn *c = conn_at(w, i);
 		if (c->state == S_FREE)
 			continue;
 		if (c->deadline_ns <= w->now_ns) {
@@ -7176,9 +7193,9 @@ worker_run(struct worker *w)
 {
 	while (!w->draining || (w->used > 0 && w->now_ns < w->drain_ns))
 		worker_turn(w);
-	for (size_t i = 0; i < config.max_conns && w->used > 0; i++)
-		if (w->conns[i].state != S_FREE)
-			conn_end(w, &w->conns[i], R_DRAIN);
+	for (size_t i = 0; i < w->conns.fresh && w->used > 0; i++)
+		if (conn_at(w, i)->state != S_FREE)
+			conn_end(w, conn_at(w, i), R_DRAIN);
 	log_flush(w->log);
 }
 
@@ -7278,7 +7295,7 @@ listener_open(struct addr *a)
 	}
 	if (a->ss.ss_family == AF_INET6)
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
-	if (bind(fd, (struct sockaddr *)&a->ss, a->len) != 0 || listen(fd, SOMAXCONN) != 0)
+	if (bind(fd, (struct sockaddr *)&a->ss, a->len) != 0 || listen(fd, BACKLOG) != 0)
 		die(EXIT_FAILURE, "cannot listen on %s: %s; %s", a->text, strerror(errno),
 		    errno == EADDRINUSE ? "stop the other server, or choose another address with --listen"
 		                        : "choose another address with --listen");

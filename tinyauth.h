@@ -77,6 +77,7 @@ enum {
 
 	WORDS_MAX = 64,              /* words of a command: `key add` with its attributes */
 	LISTEN_MAX = 16,             /* listeners */
+	BACKLOG = 4096,              /* connections that wait to be accepted; the kernel's own limit may be lower */
 	NOBODY = 65534,              /* the user that workers become when none is named */
 	TRUST_MAX = 32,              /* networks of trusted peers */
 	PROXY_HEAD_MAX = 1024,       /* bytes of a PROXY header; longer is refused */
@@ -118,6 +119,15 @@ struct out {
 	char *p;
 	size_t n, max;
 	bool full;
+};
+
+/* Places of one size. They are mapped at start, and touched only when they are used for the first time. */
+struct pool {
+	char *mem;
+	size_t each, max;
+	size_t fresh;                /* places that were never used begin here */
+	size_t left;                 /* places that can be taken */
+	void *given;                 /* those that came back, each beginning with the address of the next */
 };
 
 /* A socket address and how people write it. */
@@ -462,12 +472,8 @@ struct worker {
 	const struct keys_map *keys;
 	struct table *table;
 	struct conn_row *row;        /* in it: what this worker holds; NULL: there was none left */
-	struct conn *conns;          /* max_conns of them */
-	struct request *requests;
-	struct conn *free_conn;
-	struct request **free_request;
-	char **free_buf;
-	size_t free_requests, free_bufs;
+	struct pool conns, requests; /* max_conns of each */
+	struct pool bufs;            /* twice as many pipe buffers */
 	struct conn polled;          /* head of the ring of connections in the poll set */
 	struct conn waiting;         /* head of the ring of those that give way, oldest behind `young` */
 	struct pollfd *pfd;

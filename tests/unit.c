@@ -3232,7 +3232,7 @@ worker_new(void)
 static bool
 worker_is_idle(const struct worker *w)
 {
-	return w->used == 0 && w->free_bufs == 2 * config.max_conns && w->free_requests == config.max_conns &&
+	return w->used == 0 && w->bufs.left == 2 * config.max_conns && w->requests.left == config.max_conns &&
 	       w->waiting.young == &w->waiting && w->polled.next == &w->polled &&
 	       table_connections(w->table, 0, UINT64_MAX) == w->row->used;
 }
@@ -3245,15 +3245,21 @@ test_worker_map(void)
 	size_t conns = 0;
 
 	CHECK(worker_is_idle(w));
-	for (struct conn *c = w->free_conn; c != NULL; c = c->next)
+	char *buf[8];
+	while (pool_take(&w->conns) != NULL)
 		conns++;
-	CHECK(conns == config.max_conns);
-	for (size_t i = 0; i < w->free_bufs; i++) {
-		memset(w->free_buf[i], (int)i + 1, BUF_SIZE);
+	CHECK(conns == config.max_conns && w->bufs.left == LENGTH(buf));
+	for (size_t i = 0; i < LENGTH(buf); i++) {
+		buf[i] = pool_take(&w->bufs);
+		memset(buf[i], (int)i + 1, BUF_SIZE);
 		memset(w->scratch[i / 2 % 2][i % 2], 0xff, BUF_SIZE);
 	}
-	for (size_t i = 0; i < w->free_bufs; i++)
-		CHECK(w->free_buf[i][0] == (char)(i + 1) && w->free_buf[i][BUF_SIZE - 1] == (char)(i + 1));
+	CHECK(pool_take(&w->bufs) == NULL);
+	for (size_t i = 0; i < LENGTH(buf); i++)
+		CHECK(buf[i][0] == (char)(i + 1) && buf[i][BUF_SIZE - 1] == (char)(i + 1));
+	pool_give(&w->bufs, buf[3]);
+	pool_give(&w->bufs, buf[5]);
+	CHECK(pool_take(&w->bufs) == buf[5] && pool_take(&w->bufs) == buf[3] && pool_take(&w->bufs) == NULL);
 }
 
 static void
@@ -3270,16 +3276,16 @@ test_pipe_settle(void)
 	CHECK(write(from_other, "hello", 5) == 5);
 	CHECK(pipe_fill(w, &p, &from) == 5 && pipe_on_scratch(w, &p) && slice_is(pipe_raw(&p), "hello"));
 	pipe_settle(w, &p);
-	CHECK(!pipe_on_scratch(w, &p) && slice_is(pipe_raw(&p), "hello") && w->free_bufs == 7);
+	CHECK(!pipe_on_scratch(w, &p) && slice_is(pipe_raw(&p), "hello") && w->bufs.left == 7);
 	memset(w->scratch[0][0], 'x', BUF_SIZE);
 	CHECK(pipe_run(&p) && pipe_waits(&p) && p.in == 5);
 	CHECK(pipe_flush(&p, &to) == 1 && p.out == 5);
 	pipe_settle(w, &p);
-	CHECK(p.mem == NULL && w->free_bufs == 8);
+	CHECK(p.mem == NULL && w->bufs.left == 8);
 	read_available(to_other, &got);
 	CHECK(slice_is(out_so_far(&got), "hello"));
 	pipe_drop(w, &p);
-	CHECK(w->free_bufs == 8);
+	CHECK(w->bufs.left == 8);
 }
 
 static void
@@ -3330,7 +3336,7 @@ test_pipe_built(void)
 		pipe_built(w, &p, &o);
 		CHECK(slice_is(pipe_raw(&p), "REST") && p.ready - p.start == o.n && p.mem[p.start] == 'h' &&
 		    p.mem[p.ready - 1] == 'h');
-		CHECK(p.raw - p.ready >= SLACK && p.end + TAIL <= BUF_SIZE && w->free_bufs == 8);
+		CHECK(p.raw - p.ready >= SLACK && p.end + TAIL <= BUF_SIZE && w->bufs.left == 8);
 		pipe_drop(w, &p);
 		CHECK(worker_is_idle(w));
 	}
@@ -3351,8 +3357,9 @@ test_pipe_blocked_chunk(void)
 		CHECK(pipe_fill(w, &p, &from) == 5 && pipe_run(&p) && p.ready - p.start == 10);
 		out_bytes(&got, p.mem + p.start, sent);
 		p.start += sent;
-		for (size_t i = 0; i < w->free_bufs; i++)
-			memset(w->free_buf[i], '?', BUF_SIZE);
+		char *any = pool_take(&w->bufs);     /* what a buffer held before does not matter */
+		memset(any, '?', BUF_SIZE);
+		pool_give(&w->bufs, any);
 		pipe_settle(w, &p);
 		CHECK(pipe_flush(&p, &to) == 1);
 		read_available(to_other, &got);
@@ -3553,7 +3560,7 @@ test_conn_serves(void)
 		CHECK(slice_is(rig_upstream(&r), "lo"));
 		rig_send(&r, r.upstream, S("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"));
 		CHECK(rig_client_got(&r, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n", "\r\n\r\nhi"));
-		CHECK(r.c->state == S_IDLE && r.w->free_bufs == 8 && r.w->free_requests == 4);
+		CHECK(r.c->state == S_IDLE && r.w->bufs.left == 8 && r.w->requests.left == 4);
 		CHECK(slice_holds(rig_log(&r), " key=alice method=POST path=/v1/x status=200 "));
 	}
 	close(r.client);
@@ -3582,7 +3589,7 @@ test_conn_byte_by_byte(void)
 		out_slice(&got, rig_receive(&r, r.client, NULL));
 	}
 	CHECK(slice_holds(out_so_far(&got), "\r\n\r\n4\r\ndefg\r\n0\r\n\r\n") && r.c->state == S_IDLE &&
-	    r.w->free_bufs == 8);
+	    r.w->bufs.left == 8);
 }
 
 static void
@@ -3614,7 +3621,7 @@ test_conn_many_pipelined(void)
 	CHECK(send(r.client, o.p, o.n, MSG_NOSIGNAL) == (ssize_t)o.n);
 	r.c->client.seen = POLLIN;
 	worker_step(r.w, r.c);
-	CHECK(r.c->again && r.w->free_bufs < 8);
+	CHECK(r.c->again && r.w->bufs.left < 8);
 	worker_queue(r.w, r.c);
 	rig_run(&r);
 	for (answers = rig_receive(&r, r.client, NULL); answers.n > 0; n++) {
@@ -3623,7 +3630,7 @@ test_conn_many_pipelined(void)
 			return;
 		answers = slice_from(answers, (size_t)(end + 6 - answers.p));
 	}
-	CHECK(n == 300 && r.c->state == S_IDLE && r.w->free_bufs == 8);
+	CHECK(n == 300 && r.c->state == S_IDLE && r.w->bufs.left == 8);
 }
 
 static void
@@ -4001,7 +4008,7 @@ test_conn_most_raw_bytes(void)
 			bodies += got.p[i] == 'x';
 		interim += slice_holds(got, "HTTP/1.1 103 \r\na: b\r\n");
 	}
-	CHECK(interim > 0 && bodies == 60000 && rest.n == 0 && r.w->free_bufs == 8);
+	CHECK(interim > 0 && bodies == 60000 && rest.n == 0 && r.w->bufs.left == 8);
 }
 
 static void
@@ -4064,7 +4071,7 @@ test_worker_makes_room(void)
 		idle[i] = r.client;
 	}
 	rig_send(&r, idle[0], S("GET /health HTTP/1.1\r\nHost: a\r\n\r\n"));
-	CHECK(r.w->used == 4 && r.w->free_conn == NULL);
+	CHECK(r.w->used == 4 && r.w->conns.left == 0);
 	CHECK(rig_receive(&r, idle[0], NULL).n > 0);
 	for (int i = 1; i <= 3; i++)         /* the first was served last */
 		CHECK(worker_make_room(r.w) && fd_ended(idle[i % 3]));

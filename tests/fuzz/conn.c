@@ -19,7 +19,7 @@ static int world_clock(clockid_t, struct timespec *);
 static ssize_t world_write(const void *, size_t);
 #define accept4(fd, peer, len, flags) ((void)(fd), (void)(peer), (void)(len), world_accept())
 #define socket(family, type, protocol) ((void)(family), world_socket())
-#define connect(fd, to, len) ((void)(fd), (void)(to), world_connect())
+#define connect(fd, to, len) ((void)(fd), (void)(to), (void)(len), world_connect())
 #define send(fd, p, n, flags) world_send(fd, p, n)
 #define poll(set, n, ms) ((void)(ms), world_poll(set, n))
 #define epoll_wait(fd, events, n, ms) world_epoll_wait(fd, events, n)
@@ -126,7 +126,7 @@ static size_t *
 world_takes(int fd)
 {
 	for (size_t i = 0; i < CONNS; i++)
-		if (worker.conns[i].state != S_FREE && worker.conns[i].upstream.fd == fd)
+		if ((*conn_at(&worker, i)).state != S_FREE && (*conn_at(&worker, i)).upstream.fd == fd)
 			return &world.upstream_takes;
 	return &world.client_takes;
 }
@@ -169,7 +169,7 @@ world_epoll_wait(int fd, struct epoll_event *events, int max)
 	int n = epoll_wait(fd, events, max, 0), kept = 0;
 
 	for (int i = 0; i < n; i++) {
-		struct conn *c = &worker.conns[events[i].data.u64 / 2];
+		struct conn *c = conn_at(&worker, events[i].data.u64 / 2);
 		int of = events[i].data.u64 % 2 == 0 ? c->client.fd : c->upstream.fd;
 		if (*world_takes(of) == 0)
 			events[i].events &= ~(uint32_t)EPOLLOUT;
@@ -228,10 +228,10 @@ check_conn(const struct conn *c)
 static void
 check_worker(void)
 {
-	size_t used = 0, bufs = worker.free_bufs, requests = worker.free_requests;
+	size_t used = 0, bufs = worker.bufs.left, requests = worker.requests.left;
 
 	for (size_t i = 0; i < CONNS; i++) {
-		const struct conn *c = &worker.conns[i];
+		const struct conn *c = conn_at(&worker, i);
 		if (c->state == S_FREE)
 			continue;
 		check_conn(c);
@@ -258,7 +258,7 @@ static void
 check_owners(void)
 {
 	for (size_t i = 0; i < CONNS; i++) {
-		const struct conn *c = &worker.conns[i];
+		const struct conn *c = conn_at(&worker, i);
 		if (c->state == S_FREE || c->upstream.fd < 0)
 			continue;
 		int client = client_of(c);
@@ -278,7 +278,7 @@ fingerprint(void)
 	uint64_t sum = world.moved;
 
 	for (size_t i = 0; i < CONNS; i++) {
-		const struct conn *c = &worker.conns[i];
+		const struct conn *c = conn_at(&worker, i);
 		if (c->state != S_FREE)
 			sum = sum * 31 + c->state + c->req.end + c->req.raw * 3u + c->req.in + c->resp.end + c->resp.raw * 3u + c->resp.in +
 			      c->lingered + (uint64_t)(c->client.fd + c->upstream.fd * 7) + c->req.broken + (uint64_t)c->client.watched +
@@ -334,7 +334,7 @@ upstream_selected(void)
 }
 
 static void
-say(void)
+speak(void)
 {
 	struct upstream_side *u = world.upstream_writes ? upstream_selected() : NULL;
 	struct client_side *c = &world.client[world.at];
@@ -378,7 +378,7 @@ order(uint8_t what, const uint8_t *p, size_t n)
 	uint8_t argument = n > 0 ? p[0] : 0;
 	struct upstream_side *u = upstream_selected();
 
-	say();
+	speak();
 	switch (what) {
 	case O_CLIENT:
 	case O_UPSTREAM_SIDE:
@@ -562,9 +562,8 @@ check_given_back(void)
 {
 	size_t conns = 0;
 
-	for (const struct conn *c = worker.free_conn; c != NULL; c = c->next)
-		conns++;
-	MUST(worker.used == 0 && conns == CONNS && worker.free_requests == CONNS && worker.free_bufs == 2 * CONNS);
+	conns = worker.conns.left;
+	MUST(worker.used == 0 && conns == CONNS && worker.requests.left == CONNS && worker.bufs.left == 2 * CONNS);
 	MUST(worker.polled.next == &worker.polled && worker.polled.prev == &worker.polled);
 	MUST(worker.waiting.young == &worker.waiting && worker.waiting.old == &worker.waiting);
 	for (size_t i = 0; i < CONNS; i++)
@@ -624,7 +623,7 @@ world_begin(void)
 static void
 world_end(void)
 {
-	say();
+	speak();
 	world.client_takes = world.upstream_takes = SIZE_MAX;
 	for (int i = 0; i < 3; i++)
 		turn();

@@ -19,13 +19,13 @@ case $seconds in
     ;;
 esac
 clang=${CLANG:-$(command -v clang || command -v clang-14)}
-bearssl=${BEARSSL_LIBS:-$(find /usr/lib -name libbearssl.a | head -n 1)}
+bearssl=${BEARSSL_LIBS:-$(find "/usr/lib/$(gcc -print-multiarch)" /usr/lib -maxdepth 1 -name libbearssl.a | head -n 1)}
 passed=0
 failed=0
 
 build() {
     "$clang" -std=c11 -g -O1 -Wall -Wextra -Wno-unused-function -Werror -fno-omit-frame-pointer -fno-strict-aliasing \
-        -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I/usr/include/bearssl \
+        -DTINYAUTH_NO_SANDBOX -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I/usr/include/bearssl \
         -o "build/fuzz/$1.bin" "tests/fuzz/$1.c" "$bearssl"
 }
 
