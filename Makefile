@@ -1,6 +1,7 @@
 # make                   ./tinyauth, static, with musl and BearSSL
 # make CC=gcc STATIC=    dynamic, with the system's own libc
 # make SANITIZE=1        with address and undefined behaviour sanitizers
+# make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make demo | test | test-http | test-clients | test-diff | test-faults | coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
@@ -29,7 +30,8 @@ BEARSSL_CFLAGS ?= $(if $(wildcard /usr/include/bearssl/bearssl.h),-I/usr/include
 BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell gcc -print-multiarch 2>/dev/null)/libbearssl.a /usr/lib/libbearssl.a))
 OBJCOPY ?= objcopy
 
-ALL_CFLAGS = -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
+PORTABLE ?=
+ALL_CFLAGS = $(if $(PORTABLE),-DTINYAUTH_PORTABLE) -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
 	$(HARDENING) $(CFLAGS) $(BEARSSL_CFLAGS)
 ALL_LDFLAGS = $(STATIC) -Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code -Wl,--gc-sections $(LDFLAGS)
 

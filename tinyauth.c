@@ -78,10 +78,20 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Where there is no Linux, or none is wanted (make PORTABLE=1): poll alone, and no more of a sandbox than user and chroot. */
 #if defined(__linux__) && !defined(TINYAUTH_PORTABLE)
+#define TINYAUTH_LINUX 1
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#else
+#define TINYAUTH_LINUX 0
+#endif
+#ifndef POLLRDHUP
+#define POLLRDHUP 0
+#endif
+#ifndef MADV_DONTDUMP
+#define MADV_DONTDUMP MADV_NORMAL
 #endif
 
 #include <bearssl.h>
@@ -551,7 +561,7 @@ out_ip(struct out *o, const struct sockaddr_storage *ss)
 static int
 process_limit(int which, const struct rlimit *set, struct rlimit *ask)
 {
-#if defined(__linux__)
+#if TINYAUTH_LINUX
 	return prlimit(0, which, set, ask);
 #else
 	return set != NULL ? setrlimit(which, set) : getrlimit(which, ask);
@@ -577,10 +587,15 @@ descriptors_fill(void)
 static uint64_t
 cpus_online(void)
 {
+#if TINYAUTH_LINUX
 	cpu_set_t set;
 
 	CPU_ZERO(&set);
-	return sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0 ? (uint64_t)CPU_COUNT(&set) : 1;
+	long n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+#else
+	long n = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+	return n > 0 ? (uint64_t)n : 1;
 }
 
 /* A mapping that costs memory only where it is touched, or NULL. */
@@ -632,11 +647,21 @@ pool_give(struct pool *p, void *place)
 	p->left++;
 }
 
-/* A mapping that children share: a memfd, which an upgrade can hand over, or where there is none anonymous, *fd -1. */
+/* A mapping that children share: a memfd, which an upgrade can hand over; where there is none, a file that has no name any
+ * more, unless it is to hold secrets; else anonymous, *fd -1. */
 static void *
-map_shared(const char *name, size_t n, int *fd)
+map_shared(const char *name, size_t n, bool secret, int *fd)
 {
+#if TINYAUTH_LINUX
+	(void)secret;
 	*fd = memfd_create(name, MFD_CLOEXEC);
+#else
+	char path[] = "/tmp/tinyauth-XXXXXX";
+
+	(void)name;
+	if ((*fd = secret ? -1 : mkostemp(path, O_CLOEXEC)) >= 0)
+		unlink(path);
+#endif
 	if (*fd >= 0 && ftruncate(*fd, (off_t)n) != 0) {
 		close(*fd);
 		*fd = -1;
@@ -1345,14 +1370,6 @@ addr_read(const char *text, struct addr *a, unsigned *n, bool passive, struct mi
 		return mistake_is(m, "'%.*s...' is too long", 40, text);
 	addr_write(a);
 	return true;
-}
-
-static uint16_t
-addr_port(const struct addr *a)
-{
-	if (a->ss.ss_family == AF_INET6)
-		return ntohs(((const struct sockaddr_in6 *)&a->ss)->sin6_port);
-	return a->ss.ss_family == AF_INET ? ntohs(((const struct sockaddr_in *)&a->ss)->sin_port) : 0;
 }
 
 /* The 16 bytes of an address, IPv4 as ::ffff:a.b.c.d; zeros for a unix socket. */
@@ -2162,7 +2179,7 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 	struct keys_map *map;
 
 	*size = keys_map_size(capacity, slots);
-	if ((map = map_shared("tinyauth-keys", *size, fd)) == NULL)
+	if ((map = map_shared("tinyauth-keys", *size, false, fd)) == NULL)
 		return NULL;
 	map->capacity = (uint32_t)capacity;
 	map->slots = (uint32_t)slots;
@@ -2199,7 +2216,7 @@ table_begin(struct table *t, uint64_t rows, uint64_t conns)
 static struct table *
 table_new(uint64_t rows, uint64_t conns, int *fd)
 {
-	struct table *t = map_shared("tinyauth-table", table_size(rows, conns), fd);
+	struct table *t = map_shared("tinyauth-table", table_size(rows, conns), false, fd);
 
 	if (t == NULL)
 		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
@@ -2391,7 +2408,7 @@ table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_n
 static struct sessions *
 sessions_new(int *fd)
 {
-	struct sessions *t = map_shared("tinyauth-sessions", sizeof *t, fd);
+	struct sessions *t = map_shared("tinyauth-sessions", sizeof *t, true, fd);
 
 	if (t == NULL)
 		die(EXIT_FAILURE, "cannot map the TLS session cache: %s", strerror(errno));
@@ -6280,7 +6297,7 @@ out_walls(struct out *o, unsigned walls)
 		out_text(o, "none");
 }
 
-#if defined(__linux__) && !defined(TINYAUTH_PORTABLE) && !defined(TINYAUTH_NO_SANDBOX)
+#if TINYAUTH_LINUX && !defined(TINYAUTH_NO_SANDBOX)
 
 enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_ALL = 7 };
 
@@ -6402,6 +6419,14 @@ sandbox_seccomp(unsigned role)
 	step[n++] = (struct filter_step){RETURN, 0, 0, role == FOR_SUPERVISOR ? FAIL_ENOSYS : KILL_PROCESS};
 	const struct filter filter = {n, step};
 	return AUDIT_ARCH != 0 && prctl(SET_SECCOMP, MODE_FILTER, &filter) == 0;
+}
+
+static uint16_t
+addr_port(const struct addr *a)
+{
+	if (a->ss.ss_family == AF_INET6)
+		return ntohs(((const struct sockaddr_in6 *)&a->ss)->sin6_port);
+	return a->ss.ss_family == AF_INET ? ntohs(((const struct sockaddr_in *)&a->ss)->sin_port) : 0;
 }
 
 struct landlock_rules { uint64_t files, net, scoped; };
@@ -6728,7 +6753,7 @@ names_find(int failure)
  * Never: waits anywhere but in poll
  * ============================================================================================================= */
 
-#if defined(__linux__) && !defined(TINYAUTH_PORTABLE)
+#if TINYAUTH_LINUX
 enum { WATCH_EVENT = sizeof(struct epoll_event) };
 #else
 enum { WATCH_EVENT = 1 };
@@ -6816,7 +6841,7 @@ worker_queue(struct worker *w, struct conn *c)
 	c->queued = true;
 }
 
-#if defined(__linux__) && !defined(TINYAUTH_PORTABLE)
+#if TINYAUTH_LINUX
 
 static int
 watch_open(void)

@@ -95,13 +95,13 @@ check_bounds(const struct config *cfg)
 	MUST(cfg->workers >= 1 && cfg->workers <= WORKERS_MAX && cfg->max_conns >= 1 && cfg->max_conns <= 1000000);
 	MUST(cfg->ip_conns >= 1 && cfg->ip_conns <= 1000000 && cfg->ip_rate.burst <= 100000);
 	MUST(!__builtin_mul_overflow(cfg->ip_rate.interval_ns, cfg->ip_rate.burst + 1, &reach) && reach < UINT64_MAX - (1ull << 62));
-	MUST(cfg->listens >= 1 && cfg->listens <= LISTEN_MAX && cfg->upstream.addrs >= 1 && cfg->upstream.addrs <= UPSTREAM_ADDRS);
+	MUST(cfg->listens >= 1 && cfg->listens <= LISTEN_MAX && (cfg->upstream.named || cfg->upstream.addrs >= 1) && cfg->upstream.addrs <= UPSTREAM_ADDRS);
 	MUST(cfg->upstream.host[0] != '\0' && cfg->upstream.text[0] != '\0');
 	MUST(cfg->keys == NULL || cfg->keys[0] != '\0');
 	MUST(cfg->log == NULL || cfg->log[0] != '\0');
 	MUST(cfg->log_format == LOG_JSON || cfg->log_format == LOG_LOGFMT);
 	for (unsigned i = 0; i < cfg->listens; i++)
-		MUST(cfg->listen[i].len > 0 && cfg->listen[i].text[0] != '\0');
+		MUST(cfg->listen[i].text[0] != '\0');
 }
 
 /* config_read() with the sentence checked. */
