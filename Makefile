@@ -2,7 +2,9 @@
 # make CC=gcc STATIC=    dynamic, with the system's own libc
 # make SANITIZE=1        with address and undefined behaviour sanitizers
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
-# make demo | test | test-http | test-clients | test-diff | test-faults | coverage | fuzz | analyse | lint | install | uninstall | clean
+# make cert             a self-signed certificate for trying out: cert.pem, key.pem
+# make demo | test | test-http | test-tls | test-minimal | test-inetd | test-systemd | test-image | test-cross | test-clients |
+#      test-diff | test-faults | bench | coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -62,6 +64,32 @@ test: tinyauth build/unit
 test-http: tinyauth
 	python3 tests/http/run.py
 
+test-tls: tinyauth
+	python3 tests/tls/run.py
+
+test-minimal: tinyauth
+	python3 tests/minimal.py
+
+test-inetd: tinyauth
+	python3 tests/inetd/run.py
+
+test-systemd: tinyauth
+	sh tests/systemd/run.sh
+
+test-image: tinyauth
+	sh tests/image/run.sh
+
+test-cross:
+	sh tests/cross/run.sh
+
+bench: tinyauth
+	python3 bench/run.py
+
+NAMES ?= DNS:localhost,IP:127.0.0.1,IP:::1
+cert:
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 -subj /CN=localhost \
+		-addext subjectAltName=$(NAMES) -keyout key.pem -out cert.pem
+
 test-clients: tinyauth
 	sh tests/clients/run.sh
 
@@ -115,4 +143,5 @@ uninstall:
 clean:
 	rm -rf tinyauth build
 
-.PHONY: demo test test-http test-clients test-diff test-faults coverage fuzz analyse lint install uninstall clean force
+.PHONY: bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-systemd test-image test-cross \
+	test-clients test-diff test-faults coverage fuzz analyse lint install uninstall clean force
