@@ -85,6 +85,36 @@ test-cross:
 bench: tinyauth
 	python3 bench/run.py
 
+# make cross ARCH=aarch64|armhf|riscv64: build/ARCH/tinyauth; tests/cross/toolchain.sh ARCH installs what it takes. Debian 12
+# has no musl and BearSSL for riscv64: that script compiles them into CROSS_ROOT.
+CROSS_GNU_aarch64 = aarch64-linux-gnu
+CROSS_GNU_armhf = arm-linux-gnueabihf
+CROSS_GNU_riscv64 = riscv64-linux-gnu
+CROSS_MUSL_aarch64 = aarch64-linux-musl
+CROSS_MUSL_armhf = arm-linux-musleabihf
+CROSS_ROOT ?= $(CURDIR)/build/cross/$(ARCH)
+CROSS_GNU = $(CROSS_GNU_$(ARCH))
+CROSS_LIB = $(if $(CROSS_MUSL_$(ARCH)),/usr/lib/$(CROSS_MUSL_$(ARCH)),$(CROSS_ROOT)/lib)
+CROSS_BEARSSL_LIB = $(if $(CROSS_MUSL_$(ARCH)),/usr/lib/$(CROSS_GNU),$(CROSS_ROOT)/lib)/libbearssl.a
+CROSS_BEARSSL_INC = $(if $(CROSS_MUSL_$(ARCH)),/usr/include,$(CROSS_ROOT)/include)/bearssl
+cross:
+	@test -n "$(CROSS_GNU)" || { echo "make cross ARCH=aarch64|armhf|riscv64" >&2; exit 64; }
+	@mkdir -p build/$(ARCH)
+	$(CROSS_GNU)-objcopy -R .eh_frame -R .rela.eh_frame -R .rel.eh_frame $(CROSS_BEARSSL_LIB) build/$(ARCH)/libbearssl.a
+	$(CROSS_GNU)-gcc -specs $(CROSS_LIB)/musl-gcc.specs $(ALL_CFLAGS) -I$(CROSS_BEARSSL_INC) -ffile-prefix-map=$(CURDIR)=. \
+		-o build/$(ARCH)/tinyauth tinyauth.c $(ALL_LDFLAGS) -s build/$(ARCH)/libbearssl.a
+
+# dist/: stripped binaries of the four architectures, manual pages and checksums.
+VERSION := $(shell sed -n 's/^.define TINYAUTH_VERSION "\(.*\)"/\1/p' tinyauth.h)
+dist: tinyauth
+	rm -rf dist
+	mkdir dist
+	install -s -m 755 tinyauth dist/tinyauth-$(VERSION)-x86_64
+	for arch in aarch64 armhf riscv64; do \
+		$(MAKE) cross ARCH=$$arch && install -m 755 build/$$arch/tinyauth dist/tinyauth-$(VERSION)-$$arch || exit 1; done
+	install -m 644 man/tinyauth.8 man/tinyauth-keys.5 dist
+	cd dist && sha256sum * >SHA256SUMS
+
 NAMES ?= DNS:localhost,IP:127.0.0.1,IP:::1
 cert:
 	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 -subj /CN=localhost \
@@ -133,6 +163,9 @@ install: tinyauth
 	install -m 755 -s tinyauth $(DESTDIR)$(PREFIX)/sbin/tinyauth
 	install -m 644 man/tinyauth.8 $(DESTDIR)$(PREFIX)/share/man/man8/tinyauth.8
 	install -m 644 man/tinyauth-keys.5 $(DESTDIR)$(PREFIX)/share/man/man5/tinyauth-keys.5
+	install -d $(DESTDIR)$(PREFIX)/share/doc/tinyauth/systemd
+	for unit in contrib/systemd/*; do sed 's|/usr/local/sbin|$(PREFIX)/sbin|g' $$unit \
+		>$(DESTDIR)$(PREFIX)/share/doc/tinyauth/systemd/$${unit##*/} || exit 1; done
 	install -m 644 keys.example README.md LICENSE $(DESTDIR)$(PREFIX)/share/doc/tinyauth
 
 uninstall:

@@ -4445,14 +4445,17 @@ enum { STAGE = 32768, PAGE = 4096, TLS_PLACE = (sizeof(struct tls_link) + PAGE -
 /* What suits the processor: each constant-time, the faster one where there are two. */
 #if defined(__x86_64__)
 #define TLS_CHACHA20 br_chacha20_sse2_run
+#define TLS_AES_ALWAYS 0
 #define TLS_AES NULL
 #define TLS_GHASH NULL
 #elif defined(__SIZEOF_INT128__)
 #define TLS_CHACHA20 br_chacha20_ct_run
+#define TLS_AES_ALWAYS 1
 #define TLS_AES &br_aes_ct64_ctr_vtable
 #define TLS_GHASH br_ghash_ctmul64
 #else
 #define TLS_CHACHA20 br_chacha20_ct_run
+#define TLS_AES_ALWAYS 1
 #define TLS_AES &br_aes_ct_ctr_vtable
 #define TLS_GHASH br_ghash_ctmul32
 #endif
@@ -4529,7 +4532,7 @@ tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 	home->ghash = br_ghash_pclmul_get();
 	bool fast = home->aes != NULL && home->ghash != NULL;
 	home->suites = SUITES + (fast ? SUITES_AES_FIRST : SUITES_CHACHA_FIRST);
-	home->suites_n = fast || TLS_AES != NULL ? SUITES_ALL : SUITES_CHACHA;
+	home->suites_n = fast || TLS_AES_ALWAYS ? SUITES_ALL : SUITES_CHACHA;
 	if (!fast) {
 		home->aes = TLS_AES;
 		home->ghash = TLS_GHASH;
@@ -6308,7 +6311,7 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 	{SYS_recvfrom, FOR_ALL}, {SYS_sendto, FOR_ALL}, {SYS_recvmsg, FOR_ALL}, {SYS_read, FOR_ALL}, {SYS_write, FOR_ALL},
 	{SYS_ppoll, FOR_ALL}, {SYS_epoll_pwait, FOR_ALL}, {SYS_epoll_ctl, FOR_ALL}, {SYS_accept4, FOR_WORKER | FOR_SUPERVISOR},
 	{SYS_socket, FOR_ALL}, {SYS_connect, FOR_ALL}, {SYS_close, FOR_ALL}, {SYS_shutdown, FOR_ALL},
-	{SYS_setsockopt, FOR_ALL}, {SYS_getsockopt, FOR_ALL}, {SYS_clock_gettime, FOR_ALL}, {SYS_getrandom, FOR_ALL},
+	{SYS_setsockopt, FOR_ALL}, {SYS_getsockopt, FOR_ALL}, {SYS_getrandom, FOR_ALL},
 	{SYS_madvise, FOR_ALL}, {SYS_munmap, FOR_ALL}, {SYS_fstat, FOR_ALL}, {SYS_rt_sigreturn, FOR_ALL},
 	{SYS_restart_syscall, FOR_ALL}, {SYS_exit, FOR_ALL}, {SYS_exit_group, FOR_ALL},
 	{SYS_fcntl, FOR_ALL},                /* gives a terminal's flags back under -i */
@@ -6321,6 +6324,12 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 #ifdef SYS_recv
 	{SYS_recv, FOR_ALL}, {SYS_send, FOR_ALL},
 #endif
+#ifdef SYS_clock_gettime
+	{SYS_clock_gettime, FOR_ALL},
+#endif
+#ifdef SYS_clock_gettime32
+	{SYS_clock_gettime32, FOR_ALL},
+#endif
 #ifdef SYS_clock_gettime64
 	{SYS_clock_gettime64, FOR_ALL}, {SYS_ppoll_time64, FOR_ALL}, {SYS_fstat64, FOR_ALL}, {SYS_fcntl64, FOR_ALL},
 	{SYS_fstatat64, FOR_ALL},
@@ -6328,7 +6337,7 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 	/* looking up a name reads files and asks servers */
 	{SYS_openat, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_readv, FOR_RESOLVER | FOR_SUPERVISOR},
 	{SYS_lseek, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_bind, FOR_RESOLVER | FOR_SUPERVISOR},
-	{SYS_sendmsg, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_mmap, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_sendmsg, FOR_RESOLVER | FOR_SUPERVISOR},
 	{SYS_getsockname, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_rt_sigprocmask, FOR_RESOLVER | FOR_SUPERVISOR},
 	{SYS_brk, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_ioctl, FOR_RESOLVER | FOR_SUPERVISOR},
 	{SYS_futex, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_statx, FOR_RESOLVER | FOR_SUPERVISOR},
@@ -6338,6 +6347,9 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 #ifdef SYS_sendmmsg
 	{SYS_sendmmsg, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_recvmmsg, FOR_RESOLVER | FOR_SUPERVISOR},
 #endif
+#ifdef SYS_mmap
+	{SYS_mmap, FOR_RESOLVER | FOR_SUPERVISOR},
+#endif
 #ifdef SYS_mmap2
 	{SYS_mmap2, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS__llseek, FOR_RESOLVER | FOR_SUPERVISOR},
 #endif
@@ -6346,7 +6358,7 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 	{SYS_waitid, FOR_SUPERVISOR}, {SYS_kill, FOR_SUPERVISOR}, {SYS_tgkill, FOR_SUPERVISOR}, {SYS_tkill, FOR_SUPERVISOR},
 	{SYS_getpid, FOR_SUPERVISOR}, {SYS_getppid, FOR_SUPERVISOR}, {SYS_gettid, FOR_SUPERVISOR},
 	{SYS_set_tid_address, FOR_SUPERVISOR}, {SYS_set_robust_list, FOR_SUPERVISOR}, {SYS_rt_sigaction, FOR_SUPERVISOR},
-	{SYS_sigaltstack, FOR_SUPERVISOR}, {SYS_nanosleep, FOR_SUPERVISOR}, {SYS_clock_nanosleep, FOR_SUPERVISOR},
+	{SYS_sigaltstack, FOR_SUPERVISOR}, {SYS_nanosleep, FOR_SUPERVISOR},
 	{SYS_writev, FOR_SUPERVISOR}, {SYS_pread64, FOR_SUPERVISOR}, {SYS_pwrite64, FOR_SUPERVISOR}, {SYS_dup, FOR_SUPERVISOR},
 	{SYS_dup3, FOR_SUPERVISOR}, {SYS_pipe2, FOR_SUPERVISOR}, {SYS_fsync, FOR_SUPERVISOR}, {SYS_ftruncate, FOR_SUPERVISOR},
 	{SYS_flock, FOR_SUPERVISOR}, {SYS_fchdir, FOR_SUPERVISOR}, {SYS_chdir, FOR_SUPERVISOR}, {SYS_getcwd, FOR_SUPERVISOR},
@@ -6366,7 +6378,12 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 	{SYS_fork, FOR_SUPERVISOR}, {SYS_vfork, FOR_SUPERVISOR}, {SYS_dup2, FOR_SUPERVISOR}, {SYS_pipe, FOR_SUPERVISOR},
 	{SYS_access, FOR_SUPERVISOR}, {SYS_lstat, FOR_SUPERVISOR}, {SYS_readlink, FOR_SUPERVISOR}, {SYS_unlink, FOR_SUPERVISOR},
 	{SYS_mkdir, FOR_SUPERVISOR}, {SYS_rmdir, FOR_SUPERVISOR}, {SYS_rename, FOR_SUPERVISOR}, {SYS_chmod, FOR_SUPERVISOR},
+#endif
+#ifdef SYS_getrlimit
 	{SYS_getrlimit, FOR_SUPERVISOR},
+#endif
+#ifdef SYS_clock_nanosleep
+	{SYS_clock_nanosleep, FOR_SUPERVISOR},
 #endif
 #ifdef SYS_arch_prctl
 	{SYS_arch_prctl, FOR_SUPERVISOR},
@@ -6799,7 +6816,22 @@ worker_drain(struct worker *w)
 	worker_close_listeners(w);
 }
 
-/* A word from the supervisor: D, drain; X, end at once; P, answer; L and a descriptor, the new log. Its end: it is gone. */
+/* The server stops: idle connections get some seconds more for a request that is on its way, and then end. */
+static void
+worker_hurry_idle(struct worker *w)
+{
+	uint64_t end_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
+
+	for (size_t i = 0; i < w->conns.fresh; i++) {
+		struct conn *c = conn_at(w, i);
+		if ((c->state == S_IDLE || c->state == S_OPEN || c->state == S_NEW) && c->deadline_ns > end_ns)
+			c->deadline_ns = end_ns;
+	}
+	if (w->sweep_ns > end_ns)
+		w->sweep_ns = end_ns;
+}
+
+/* A word from the supervisor: D, drain; T, drain because the server stops; X, end at once; P, answer; L and a descriptor, the new log. Its end: it is gone. */
 static void
 worker_control(struct worker *w)
 {
@@ -6816,8 +6848,10 @@ worker_control(struct worker *w)
 		close(w->control);
 		w->control = -1;
 		worker_drain(w);
-	} else if (word == 'D' || word == 'X') {
+	} else if (word == 'D' || word == 'T' || word == 'X') {
 		worker_drain(w);
+		if (word == 'T')
+			worker_hurry_idle(w);
 		w->drain_ns = word == 'X' ? w->now_ns : w->drain_ns;
 	} else if (word == 'P')
 		send(w->control, "P", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -7498,14 +7532,14 @@ supervisor_spawn(struct supervisor *s, int slot)
 	log_worker_started(s->log, slot, pid);
 }
 
-/* Tells every worker that serves now to drain. */
+/* Tells every worker that serves now to drain; `word`: T also tells those that drain already that the server stops. */
 static void
-supervisor_drain_children(struct supervisor *s)
+supervisor_drain_children(struct supervisor *s, char word)
 {
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0 && !s->child[i].draining) {
+		if (s->child[i].pid != 0 && (!s->child[i].draining || word == 'T')) {
 			s->child[i].draining = true;
-			child_tell(&s->child[i], 'D', -1);
+			child_tell(&s->child[i], word, -1);
 		}
 }
 
@@ -7513,7 +7547,7 @@ supervisor_drain_children(struct supervisor *s)
 static void
 supervisor_generation(struct supervisor *s)
 {
-	supervisor_drain_children(s);
+	supervisor_drain_children(s, 'D');
 	for (uint64_t slot = 0; slot < config.workers; slot++)
 		supervisor_spawn(s, (int)slot);
 }
@@ -7939,7 +7973,7 @@ supervisor_inherit(struct supervisor *s)
 		child->control = (int)strtol(text + 1, &text, 10);
 		child->slot = (int)strtol(text + 1, &text, 10);
 		long row = strtol(text + 1, &text, 10);
-		child->row = s->table != NULL && row >= 0 && row < s->table->rows ? table_row(s->table, (uint32_t)row) : NULL;
+		child->row = s->table != NULL && row >= 0 && (uint64_t)row < s->table->rows ? table_row(s->table, (uint32_t)row) : NULL;
 		fcntl(child->control, F_SETFD, FD_CLOEXEC);
 	}
 	unsetenv("TINYAUTH_HANDOVER");
@@ -8145,7 +8179,7 @@ supervisor_stop(struct supervisor *s)
 			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
 	s->listeners = 0;
 	memset(s->respawn_ns, 0, sizeof s->respawn_ns);
-	supervisor_drain_children(s);
+	supervisor_drain_children(s, 'T');
 }
 
 /* The second one: workers end at once, so that cut streams look cut, and are killed when they do not. */

@@ -98,6 +98,7 @@ enum {
 	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
 	LOG_RETRY_MS = 200,          /* a log that could not be written is tried again after so long */
 	WATCH_MS = 1000,             /* time between two looks at the keys file */
+	STOP_IDLE_MS = 5000,         /* when the server stops: for the next request of an idle connection */
 	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
 	RESPAWN_MAX_MS = 1000,
