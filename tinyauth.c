@@ -2293,6 +2293,7 @@ table_row_give(struct conn_row *row)
 	for (uint32_t i = 0; i < row->used; i++)
 		atomic_store_explicit(&row->address[i], 0, memory_order_relaxed);
 	row->used = 0;
+	atomic_store(&row->requests, 0);
 	atomic_store(&row->taken, 0);
 }
 
@@ -2320,6 +2321,13 @@ table_row_take(struct table *t)
 			return row;
 	}
 	return NULL;
+}
+
+/* Adds to a counter that only this process writes, so that nothing has to be locked. */
+static void
+count_up(_Atomic uint64_t *counter, uint64_t n)
+{
+	atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
 /* How many connections of an address are open in all workers; counting ends at `enough`. */
@@ -5358,7 +5366,7 @@ conn_count(struct worker *w, const struct conn *c, uint64_t id)
 	if (w->row == NULL)
 		return;
 	if (id != 0)
-		atomic_fetch_add_explicit(&w->row->accepts, 1, memory_order_relaxed);
+		count_up(&w->row->events, 1);
 	atomic_store_explicit(&w->row->address[at], id, memory_order_relaxed);
 	if (w->row->used <= at)
 		w->row->used = at + 1;
@@ -5455,6 +5463,10 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 	c->req.in = c->req.out = c->resp.in = c->resp.out = 0;
 	c->req.broken = false;
 	request_stretch(w, c);
+	if (w->row != NULL) {
+		count_up(&w->row->events, 1);
+		count_up(&w->row->requests, 1);
+	}
 }
 
 /* The only place that ends a request: gives back what it held and writes the access line. */
@@ -5469,6 +5481,8 @@ request_end(struct worker *w, struct conn *c, enum reason reason)
 		r->status = REASONS[r->reason].status;
 	if (!r->quiet)
 		log_access(w->log, w->now_ns, w->wall_ms, c, REASONS[r->reason].word, r->connected ? config.upstream.text : "");
+	if (w->row != NULL)
+		count_up(&w->row->requests, (uint64_t)-1);
 	pool_give(&w->requests, r);
 	c->request = NULL;
 }
@@ -8081,19 +8095,17 @@ supervisor_pet(struct supervisor *s)
 static bool
 supervisor_idle(struct supervisor *s)
 {
-	uint64_t accepts = 0, open = 0;
+	uint64_t events = 0, requests = 0;
 
 	if (config.idle_exit_ms == 0 || s->bound)
 		return false;
 	for (uint32_t i = 0; i < s->table->rows; i++) {
-		struct conn_row *row = table_row(s->table, i);
-		accepts += atomic_load(&row->accepts);
-		for (uint32_t k = 0; k < row->used && k < s->table->conns; k++)
-			open += atomic_load_explicit(&row->address[k], memory_order_relaxed) != 0;
+		events += atomic_load(&table_row(s->table, i)->events);
+		requests += atomic_load(&table_row(s->table, i)->requests);
 	}
-	if (accepts != s->accepts || open > 0)
+	if (events != s->events || requests > 0)
 		s->active_ns = s->now_ns;
-	s->accepts = accepts;
+	s->events = events;
 	return s->now_ns - s->active_ns >= config.idle_exit_ms * NS_PER_MS;
 }
 
@@ -8214,6 +8226,8 @@ supervisor_wait(struct supervisor *s)
 		until = s->kill_ns;
 	if (s->watchdog_ns != 0 && s->pet_ns < until)
 		until = s->pet_ns;
+	if (config.idle_exit_ms != 0 && !s->bound && s->now_ns + config.idle_exit_ms * NS_PER_MS / 4 < until)
+		until = s->now_ns + config.idle_exit_ms * NS_PER_MS / 4;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
 	if (s->log->n > 0 && ns > LOG_RETRY_MS * NS_PER_MS)
 		ns = LOG_RETRY_MS * NS_PER_MS;

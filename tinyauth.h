@@ -270,7 +270,8 @@ struct rate_slot {
 struct conn_row {
 	_Atomic uint32_t taken;      /* process id of the worker that has it; 0: none */
 	uint32_t used;               /* entries that may be other than 0 */
-	_Atomic uint64_t accepts;    /* connections that it took, ever */
+	_Atomic uint64_t events;     /* connections that it took and requests that began, ever */
+	_Atomic uint64_t requests;   /* in flight */
 	_Atomic uint64_t address[];  /* for each connection the identity of its client address */
 };
 
@@ -551,7 +552,7 @@ struct supervisor {
 	bool hopeless;               /* a worker could not give up root */
 	int resolver, resolver_fd;   /* child that looks up the upstream's name, and its answer; 0: none */
 	uint64_t resolve_ns;         /* when the name is looked up again; with a child: when that one is given up */
-	uint64_t accepts, active_ns; /* connections ever; when one was open last, or came */
+	uint64_t events, active_ns;  /* what happened ever; when something happened last */
 	uint64_t warn_ns;            /* when a certificate that ends soon is warned about again */
 	bool draining;
 	int stops;                   /* TERM and INT that were acted on */
