@@ -105,12 +105,12 @@ class Host:
         put(KEYS, text, mode, group)
 
     def set(self, unit, *lines, section="Service", **environment):
-        """A drop-in with lines and variables; each call adds one."""
+        """A drop-in with lines and variables; each call adds one, after those that are shipped."""
         directory = UNITS / f"{unit}.d"
         directory.mkdir(exist_ok=True)
         variables = [f"Environment={name}={value}" for name, value in environment.items()]
         text = "\n".join([f"[{section}]", *lines, *variables, ""])
-        put(directory / f"{len(list(directory.iterdir())):02}-test.conf", text)
+        put(directory / f"zz{len(list(directory.iterdir())):02}-test.conf", text)
         systemctl("daemon-reload")
 
     def drop_in(self, name):
