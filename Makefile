@@ -20,8 +20,10 @@ CC := $(if $(filter musl-gcc,$(CC)),gcc,$(CC))
 STATIC :=
 endif
 
-# Small before fast: nearly all of the time goes to the kernel.
-SMALL := $(shell $(CC) -Oz -E -x c /dev/null >/dev/null 2>&1 && echo -Oz || echo -Os)
+# Small before fast: nearly all of the time goes to the kernel. The last four are what else makes gcc's code smaller.
+SMALLEST = -Oz -fipa-pta -fno-move-loop-invariants -fno-tree-dominator-opts -fno-caller-saves
+SMALL := $(shell for flags in "$(SMALLEST)" -Oz -Os; do \
+	$(CC) $$flags -Werror -c -x c -o /dev/null /dev/null 2>/dev/null && echo "$$flags" && break; done)
 CFLAGS ?= $(SMALL) -g -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
 HARDENING = -fstack-protector-strong -fstack-clash-protection -fno-strict-aliasing -D_FORTIFY_SOURCE=2
 ifneq ($(SANITIZE),)

@@ -568,17 +568,24 @@ process_limit(int which, const struct rlimit *set, struct rlimit *ask)
 #endif
 }
 
+/* What goes to it goes nowhere: /dev/null, or in a container without /dev a socket that leads nowhere. */
+static int
+descriptor_idle(void)
+{
+	int fd = open("/dev/null", O_RDWR);
+
+	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM, 0);
+}
+
 /* Standard input, output and error are something, so that no other file is ever taken for them. */
 static void
 descriptors_fill(void)
 {
 	int fd;
 
-	do {
-		fd = open("/dev/null", O_RDWR);
-		if (fd < 0)
-			fd = socket(AF_UNIX, SOCK_DGRAM, 0);   /* in a container without /dev */
-	} while (fd >= 0 && fd <= STDERR_FILENO);
+	do
+		fd = descriptor_idle();
+	while (fd >= 0 && fd <= STDERR_FILENO);
 	if (fd >= 0)
 		close(fd);
 }
@@ -1385,14 +1392,21 @@ ip_of(const struct sockaddr_storage *ss, unsigned char ip[16])
 	}
 }
 
+static bool
+ip_local(const unsigned char ip[16])
+{
+	static const unsigned char LOCAL[16];
+
+	return memcmp(ip, LOCAL, 16) == 0;
+}
+
 /* The other way round. */
 static struct sockaddr_storage
 ip_address(const unsigned char ip[16])
 {
 	struct sockaddr_storage ss = {.ss_family = AF_UNIX};
-	static const unsigned char NONE[16];
 
-	if (memcmp(ip, NONE, 16) != 0) {
+	if (!ip_local(ip)) {
 		ss.ss_family = AF_INET6;
 		memcpy(&((struct sockaddr_in6 *)&ss)->sin6_addr, ip, 16);
 	}
@@ -1428,13 +1442,11 @@ ip_read(struct slice text, unsigned char ip[16])
 static bool
 ip_trusted(const struct config *cfg, const unsigned char ip[16])
 {
-	static const unsigned char LOCAL[16];
-
 	for (unsigned i = 0; i < cfg->trusts; i++) {
 		const struct cidr *net = &cfg->trust[i];
 		size_t whole = net->bits / 8;
 		unsigned rest = net->bits % 8, mask = 0xff00u >> rest & 0xff;
-		if (net->local ? memcmp(ip, LOCAL, 16) == 0
+		if (net->local ? ip_local(ip)
 		               : memcmp(ip, net->ip, whole) == 0 && (rest == 0 || ((ip[whole] ^ net->ip[whole]) & mask) == 0))
 			return true;
 	}
@@ -1452,9 +1464,11 @@ config_trust(struct config *cfg, const char *value, struct mistake *m)
 
 	if (cfg->trusts == TRUST_MAX)
 		return mistake_is(m, "more than %d networks", TRUST_MAX);
-	if (!net.local && !ip_read(address, net.ip))
+	bool v4 = memchr(value, ':', address.n) == NULL, odd = memchr(value, '[', address.n) != NULL;
+	bool port = !v4 && memchr(value, '.', address.n) != NULL && strncmp(value, "::ffff:", 7) != 0;
+	if (!net.local && (odd || port || !ip_read(address, net.ip)))
 		return mistake_is(m, "'%s' is not a network; write ADDRESS, ADDRESS/BITS or unix", value);
-	uint64_t offset = memchr(value, ':', address.n) == NULL ? 96 : 0;
+	uint64_t offset = v4 ? 96 : 0;
 	if (slash != NULL && (!number_read(slice_of(slash + 1), &bits) || (bits += offset) > 128))
 		return mistake_is(m, "'%s': '%s' is not a number of bits", value, slash + 1);
 	net.bits = (uint8_t)bits;
@@ -1524,7 +1538,7 @@ config_upstream(struct config *cfg, const char *value, struct mistake *m)
 		return mistake_is(m, "only one upstream can be given in this version");
 	cfg->upstream_given = true;
 	if (strlen(value) >= sizeof u->text)
-		return mistake_is(m, "'%.40s...' is too long", value);
+		return mistake_is(m, "'%.*s...' is too long", 40, value);
 	if (!addr_read(value, u->addr, &u->addrs, false, m))
 		return false;
 	u->named = u->addrs == 0;
@@ -2239,10 +2253,10 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 	return NULL;
 }
 
-/* The table in a file, which others may use at the same time. One that is broken, of another version or too small is set
+/* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is broken, of another version or too small is set
  * aside as FILE.old, and *aside tells. */
 static struct table *
-table_open(const char *path, uint64_t rows, uint64_t conns, int *fd, bool *aside)
+table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int *fd, bool *aside)
 {
 	char old[PATH_MAX];
 	struct stat st, named;
@@ -2256,7 +2270,7 @@ table_open(const char *path, uint64_t rows, uint64_t conns, int *fd, bool *aside
 		if (!S_ISREG(st.st_mode))
 			die(EX_CONFIG, "%s: is not a regular file; name another with --state", path);
 		bool same = stat(path, &named) == 0 && named.st_ino == st.st_ino && named.st_dev == st.st_dev;
-		if (same && (t = table_in_file(*fd, (size_t)st.st_size, rows, conns)) != NULL)
+		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
 			break;
 		text_print(old, sizeof old, "%s.old", path);
 		if (same && st.st_size > 0) {
@@ -2297,20 +2311,30 @@ table_row_give(struct conn_row *row)
 	atomic_store(&row->taken, 0);
 }
 
-/* Rows of processes that are gone, killed for example, are given back. Whoever changes `taken` first does it. */
+/* A row of a table in a file is that of the process that holds a lock on the byte of its number: not to wait for, but
+ * because the kernel takes it back when the process ends, however it ends. */
+static bool
+table_lock(int fd, uint32_t row, int command, short type)
+{
+	struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)row, .l_len = 1};
+
+	return fcntl(fd, command, &lock) == 0 && (command != F_GETLK || lock.l_type == F_UNLCK);
+}
+
+/* Rows of processes that are gone are given back. */
 static void
-table_recover(struct table *t)
+table_recover(struct table *t, int fd)
 {
 	for (uint32_t i = 0; i < t->rows; i++) {
 		struct conn_row *row = table_row(t, i);
 		uint32_t pid = atomic_load(&row->taken);
-		if (pid != 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH &&
+		if (pid != 0 && pid != (uint32_t)getpid() && table_lock(fd, i, F_GETLK, F_WRLCK) &&
 		    atomic_compare_exchange_strong(&row->taken, &pid, (uint32_t)getpid()))
 			table_row_give(row);
 	}
 }
 
-/* A row that no living worker has, now this process's; NULL: all are taken. */
+/* A row that nobody has, now this process's; NULL: all are taken. */
 static struct conn_row *
 table_row_take(struct table *t)
 {
@@ -2321,6 +2345,26 @@ table_row_take(struct table *t)
 			return row;
 	}
 	return NULL;
+}
+
+/* The number of a row, or -1. */
+static int
+table_row_number(struct table *t, const struct conn_row *row)
+{
+	for (uint32_t i = 0; i < t->rows; i++)
+		if (row == table_row(t, i))
+			return (int)i;
+	return -1;
+}
+
+/* In a table that lies in a file: from now on, and as long as this process lives and keeps `fd`, the row is its own. */
+static void
+table_row_own(struct table *t, int fd, struct conn_row *row)
+{
+	if (row == NULL)
+		return;
+	atomic_store(&row->taken, (uint32_t)getpid());
+	table_lock(fd, (uint32_t)table_row_number(t, row), F_SETLK, F_WRLCK);
 }
 
 /* Adds to a counter that only this process writes, so that nothing has to be locked. */
@@ -3825,26 +3869,40 @@ answer_own(const struct verdict *v, struct out *o)
 
 /* ---- what a trusted peer says of its clients ----------------------------------------------------------------- */
 
-/* `PROXY TCP4 192.0.2.1 198.51.100.1 56324 443` CR LF, at most 107 bytes: the address is the third word. */
+/* An address of one family and nothing else, in words. */
+static bool
+proxy_address(struct slice word, bool v6, unsigned char ip[16])
+{
+	return memchr(word.p, v6 ? '[' : ':', word.n) == NULL && (memchr(word.p, ':', word.n) != NULL) == v6 && ip_read(word, ip);
+}
+
+/* `PROXY TCP4 192.0.2.1 198.51.100.1 56324 443` CR LF, at most 107 bytes; of UNKNOWN the rest means nothing. */
 static int
 proxy_line(struct slice in, unsigned char ip[16])
 {
 	const char *end = memchr(in.p, '\n', in.n < 107 ? in.n : 107);
 	struct slice word[6] = {{"", 0}};
+	unsigned char from[16], to[16];
+	size_t words = 0;
 
 	if (end == NULL)
 		return in.n < 107 ? MORE : -1;
 	if (end[-1] != '\r')
 		return -1;
 	struct slice line = {in.p, (size_t)(end - 1 - in.p)};
-	for (size_t i = 0; i < LENGTH(word); i++) {
+	for (bool more = true; more && words < LENGTH(word); words++) {
 		const char *blank = memchr(line.p, ' ', line.n);
-		word[i] = (struct slice){line.p, blank == NULL ? line.n : (size_t)(blank - line.p)};
-		line = slice_from(line, word[i].n + 1);
+		word[words] = (struct slice){line.p, blank == NULL ? line.n : (size_t)(blank - line.p)};
+		more = blank != NULL;
+		line = slice_from(line, word[words].n + 1);
 	}
-	bool named = slice_equal(word[1], S("TCP4")) || slice_equal(word[1], S("TCP6"));
-	if (named ? !ip_read(word[2], ip) : !slice_equal(word[1], S("UNKNOWN")))
+	bool v4 = slice_equal(word[1], S("TCP4")), v6 = slice_equal(word[1], S("TCP6"));
+	if (slice_equal(word[1], S("UNKNOWN")))
+		return (int)(end + 1 - in.p);
+	if ((!v4 && !v6) || words != LENGTH(word) || line.n > 0 || !proxy_address(word[2], v6, from) ||
+	    !proxy_address(word[3], v6, to) || word[4].n == 0 || !port_good(word[4]) || word[5].n == 0 || !port_good(word[5]))
 		return -1;
+	memcpy(ip, from, sizeof from);
 	return (int)(end + 1 - in.p);
 }
 
@@ -4122,8 +4180,8 @@ cert_subject(struct slice names, struct out *o)
 	static const struct { unsigned char id; const char *word; } TYPES[] = {
 		{3, "CN"}, {10, "O"}, {11, "OU"}, {6, "C"}, {7, "L"}, {8, "ST"}};
 
-	while (names.n > 0) {
-		struct slice set = der_take(&names, DER_SET), pair = der_take(&set, DER_SEQUENCE), value;
+	for (struct slice set, value; der_next(&names, &set) == DER_SET;) {
+		struct slice pair = der_take(&set, DER_SEQUENCE);
 		struct slice oid = der_take(&pair, DER_OID);
 		if (der_next(&pair, &value) == 0 || oid.n != 3 || memcmp(oid.p, "\x55\x04", 2) != 0)
 			continue;
@@ -4142,8 +4200,8 @@ cert_names(struct slice extensions, struct out *o)
 	static const struct slice ALT_NAME = {"\x55\x1d\x11", 3};
 	struct slice list = der_take(&extensions, DER_SEQUENCE), one;
 
-	while (list.n > 0) {
-		struct slice extension = der_take(&list, DER_SEQUENCE), oid = der_take(&extension, DER_OID), value = {"", 0};
+	for (struct slice extension; der_next(&list, &extension) == DER_SEQUENCE;) {
+		struct slice oid = der_take(&extension, DER_OID), value = {"", 0};
 		while (der_next(&extension, &value) != 0)   /* a flag may come first; the value is last */
 			continue;
 		if (!slice_equal(oid, ALT_NAME))
@@ -4356,6 +4414,30 @@ pair_curve(const struct tls_pair *t)
 	return t->ec.curve == BR_EC_secp256r1 ? &br_ec_p256_m31 : &br_ec_prime_i31;
 }
 
+/* p * q, as it stands in a certificate. BearSSL's own function does not go up to 4096 bits. */
+static struct slice
+rsa_modulus(const br_rsa_private_key *rsa, unsigned char n[TLS_RSA_MAX])
+{
+	size_t skip = 0;
+
+	memset(n, 0, TLS_RSA_MAX);
+	if (rsa->plen + rsa->qlen > TLS_RSA_MAX)
+		return (struct slice){"", 0};
+	for (size_t i = 0; i < rsa->plen; i++) {
+		unsigned carry = 0;
+		for (size_t k = 0; k <= rsa->qlen && i + k < TLS_RSA_MAX; k++) {
+			unsigned char *at = &n[TLS_RSA_MAX - 1 - i - k];
+			unsigned q = k < rsa->qlen ? rsa->q[rsa->qlen - 1 - k] : 0;
+			carry += *at + (unsigned)rsa->p[rsa->plen - 1 - i] * q;
+			*at = (unsigned char)carry;
+			carry >>= 8;
+		}
+	}
+	while (skip < TLS_RSA_MAX && n[skip] == 0)
+		skip++;
+	return (struct slice){(char *)n + skip, TLS_RSA_MAX - skip};
+}
+
 /* Is the certificate's public key that of our key? Also the key's strength, and what stands for it from now on. */
 static bool
 pair_matches(struct tls_pair *t, const char *path, struct mistake *m)
@@ -4369,14 +4451,14 @@ pair_matches(struct tls_pair *t, const char *path, struct mistake *m)
 	else {
 		if (t->rsa.n_bitlen < 2048 || t->rsa.n_bitlen > 4096)
 			return mistake_is(m, "%s: the RSA key has %u bits; 2048 to 4096 are served", path, t->rsa.n_bitlen);
-		ours.n = br_rsa_i31_compute_modulus(public, &t->rsa);
+		ours = rsa_modulus(&t->rsa, public);
 		struct slice numbers = der_take(&theirs, DER_SEQUENCE);
 		theirs = der_number(&numbers);
 	}
 	if (!slice_equal(ours, theirs))
 		return mistake_is(m, "%s: the key is not that of the certificate; name the pair that belongs together", path);
 	br_sha256_init(&sha);
-	br_sha256_update(&sha, public, ours.n);
+	br_sha256_update(&sha, ours.p, ours.n);
 	br_sha256_out(&sha, digest);
 	memcpy(&t->epoch, digest, sizeof t->epoch);
 	return true;
@@ -4655,59 +4737,6 @@ tls_flush(struct link *l)
 	return 1;
 }
 
-/* Gives `n` received bytes to the engine. False: it does not take them. */
-static bool
-tls_feed(struct tls_link *t, const char *p, size_t n)
-{
-	size_t room;
-	unsigned char *to;
-
-	for (; n > 0; p += room, n -= room) {
-		if ((to = br_ssl_engine_recvrec_buf(&t->sc.eng, &room)) == NULL)
-			return br_ssl_engine_last_error(&t->sc.eng) != 0 || t->cut;
-		room = room < n ? room : n;
-		memcpy(to, p, room);
-		if (t->most_in < (size_t)(to + room - t->in))
-			t->most_in = (uint32_t)(to + room - t->in);
-		br_ssl_engine_recvrec_ack(&t->sc.eng, room);
-	}
-	return true;
-}
-
-/* Reads from the socket once. Where what comes may be plain bytes for a receiver with less than a record's room, exactly
- * what the engine needs: it holds one record, and nobody else could hold the rest. */
-static ssize_t
-tls_pull(struct link *l, size_t room)
-{
-	struct tls_link *t = l->tls;
-	size_t need;
-	bool staged = room >= TLS_RECORD + PAGE;
-	unsigned char *to = br_ssl_engine_recvrec_buf(&t->sc.eng, &need);
-
-	if (to == NULL)
-		return LINK_FAILED;
-	if (staged)
-		need = room - TLS_RECORD < STAGE ? room - TLS_RECORD : STAGE;
-	ssize_t n = socket_read(l, staged ? t->home->stage : (char *)to, need);
-	if (n == LINK_AGAIN)
-		return n;
-	t->cut |= n <= 0;
-	if (n <= 0)
-		return n;
-	if (!t->spoke && !staged && is_class((char)to[0], C_TOKEN))
-		return LINK_PLAIN;
-	t->spoke = true;
-	if (staged) {
-		if (!tls_feed(t, t->home->stage, (size_t)n))
-			t->cut = true;
-	} else {
-		if (t->most_in < (size_t)(to + n - t->in))
-			t->most_in = (uint32_t)(to + n - t->in);
-		br_ssl_engine_recvrec_ack(&t->sc.eng, (size_t)n);
-	}
-	return tls_flush(l) == LINK_FAILED ? LINK_FAILED : n;   /* what the engine answers by itself, such as an alert */
-}
-
 /* Moves decrypted bytes on, and wipes them where they stood. */
 static size_t
 tls_take(struct tls_link *t, char *p, size_t room)
@@ -4725,6 +4754,78 @@ tls_take(struct tls_link *t, char *p, size_t room)
 	return done;
 }
 
+/* How far the receiving buffer was touched. */
+static void
+tls_touched(struct tls_link *t, const unsigned char *end)
+{
+	if (t->most_in < (size_t)(end - t->in))
+		t->most_in = (uint32_t)(end - t->in);
+}
+
+/* Gives `n` received bytes to the engine, which holds one record: plain bytes that stand in the way of the next one move on
+ * to `p`. False: it takes no more. */
+static bool
+tls_feed(struct tls_link *t, const char *in, size_t n, char *p, size_t room, size_t *done)
+{
+	size_t space, taken;
+
+	while (n > 0) {
+		unsigned char *to = br_ssl_engine_recvrec_buf(&t->sc.eng, &space);
+		if (to == NULL) {
+			if ((taken = tls_take(t, p + *done, room - *done)) == 0)
+				return br_ssl_engine_current_state(&t->sc.eng) == BR_SSL_CLOSED;
+			*done += taken;
+			continue;
+		}
+		space = space < n ? space : n;
+		memcpy(to, in, space);
+		tls_touched(t, to + space);
+		br_ssl_engine_recvrec_ack(&t->sc.eng, space);
+		in += space;
+		n -= space;
+	}
+	return true;
+}
+
+/* Reads from the socket once, exactly what the engine needs. */
+static ssize_t
+tls_pull(struct link *l)
+{
+	struct tls_link *t = l->tls;
+	size_t need;
+	unsigned char *to = br_ssl_engine_recvrec_buf(&t->sc.eng, &need);
+
+	if (to == NULL)
+		return LINK_FAILED;
+	ssize_t n = socket_read(l, to, need);
+	if (n == LINK_AGAIN)
+		return n;
+	t->cut |= n <= 0;
+	if (n <= 0)
+		return n;
+	tls_touched(t, to + n);
+	if (!t->spoke && is_class((char)to[0], C_TOKEN))
+		return LINK_PLAIN;
+	t->spoke = true;
+	br_ssl_engine_recvrec_ack(&t->sc.eng, (size_t)n);
+	return tls_flush(l) == LINK_FAILED ? LINK_FAILED : n;   /* what the engine answers by itself, such as an alert */
+}
+
+/* The same for a receiver with room: as much as gives plain bytes for it at most, so that nothing is left over that nobody
+ * holds. */
+static ssize_t
+tls_pull_many(struct link *l, char *p, size_t room, size_t *done)
+{
+	struct tls_link *t = l->tls;
+	size_t most = room - *done - TLS_RECORD;
+
+	ssize_t n = socket_read(l, t->home->stage, most < STAGE ? most : STAGE);
+	if (n == LINK_AGAIN)
+		return n;
+	t->cut |= n <= 0 || !tls_feed(t, t->home->stage, (size_t)n, p, room, done);
+	return n <= 0 ? n : tls_flush(l) == LINK_FAILED ? LINK_FAILED : n;
+}
+
 static ssize_t
 tls_read(struct link *l, char *p, size_t room)
 {
@@ -4732,7 +4833,8 @@ tls_read(struct link *l, char *p, size_t room)
 	size_t done = tls_take(t, p, room);
 
 	while (done < room && (l->seen & SEEN_READ) && !t->cut && br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC) {
-		if (tls_pull(l, room - done) <= 0)
+		ssize_t n = room - done >= TLS_RECORD + PAGE ? tls_pull_many(l, p, room, &done) : tls_pull(l);
+		if (n <= 0)
 			break;
 		done += tls_take(t, p + done, room - done);
 	}
@@ -4822,6 +4924,8 @@ link_secure(struct link *l, struct tls *home)
 	struct tls_link *t = l->tls = pool_take(&home->links);
 	unsigned char seed[32];
 
+	if (t == NULL)
+		return false;
 	memset(t, 0, offsetof(struct tls_link, in));
 	t->home = home;
 	tls_profile(t);
@@ -4850,7 +4954,7 @@ link_handshake(struct link *l)
 			return LINK_FAILED;
 		if (!(l->seen & SEEN_READ))
 			return LINK_AGAIN;
-		n = tls_pull(l, 0);
+		n = tls_pull(l);
 		if (n == LINK_PLAIN)
 			tls_drop(l);
 		if (n <= 0)
@@ -4927,7 +5031,7 @@ link_left(struct link *l, bool *cut)
 	if (l->tls == NULL)
 		return l->seen & SEEN_GONE;
 	while (l->seen & SEEN_READ && link_looks_ahead(l) && br_ssl_engine_current_state(&l->tls->sc.eng) & BR_SSL_RECVREC)
-		if (l->tls->cut || tls_pull(l, 0) <= 0)
+		if (l->tls->cut || tls_pull(l) <= 0)
 			break;
 	bool closed = br_ssl_engine_current_state(&l->tls->sc.eng) == BR_SSL_CLOSED;
 	bool said = closed && br_ssl_engine_last_error(&l->tls->sc.eng) == 0;
@@ -5268,6 +5372,9 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 
 	*client = *upstream = POLLIN;
 	switch (c->state) {
+	case S_NEW:
+		*client |= POLLRDHUP;
+		break;
 	case S_TLS:
 		*client = c->client.blocked ? POLLOUT : POLLIN;
 		break;
@@ -5441,6 +5548,8 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 	const struct head *h = &w->head;
 	struct request *r = c->request = pool_take(&w->requests);
 
+	if (r == NULL)
+		abort();                     /* there is one for each connection */
 	memset(r, 0, offsetof(struct request, method));
 	r->begin_ns = w->now_ns;
 	r->in = n;
@@ -5757,7 +5866,7 @@ step_new(struct worker *w, struct conn *c)
 	char in[PROXY_HEAD_MAX];
 	unsigned char ip[16];
 
-	if (!c->trusted)
+	if (!c->trusted || link_piped(&c->client))
 		return conn_begin(w, c);
 	ssize_t n = link_peek(&c->client, in, sizeof in);
 	if (n == LINK_AGAIN)
@@ -5766,7 +5875,8 @@ step_new(struct worker *w, struct conn *c)
 		return STEP_CLOSE;
 	memcpy(ip, c->peer, sizeof ip);
 	int used = proxy_parse((struct slice){in, (size_t)n}, ip);
-	if (used == MORE && n < (ssize_t)sizeof in && !(c->client.seen & SEEN_GONE)) {
+	/* Of unix sockets poll cannot be told to wait for the rest; nobody writes so short a header in pieces. */
+	if (used == MORE && n < (ssize_t)sizeof in && !(c->client.seen & SEEN_GONE) && !ip_local(c->peer)) {
 		link_await(&c->client, (size_t)n + 1);
 		return STEP_WAIT;
 	}
@@ -5781,6 +5891,7 @@ step_new(struct worker *w, struct conn *c)
 	if (link_discard(&c->client, in, (size_t)used) != used)
 		return STEP_CLOSE;
 	c->client.seen |= POLLIN;            /* what follows is often there already */
+	c->trusted = ip_trusted(&config, ip);   /* what this client says of others is another matter */
 	if (memcmp(ip, c->peer, sizeof ip) != 0) {
 		memcpy(c->peer, ip, sizeof ip);
 		conn_name(w, c, ip);
@@ -5789,7 +5900,7 @@ step_new(struct worker *w, struct conn *c)
 		c->refused = (uint8_t)(many ? R_IP_CONNS : R_NONE);
 		if (many)
 			log_turned_away(w->log, w->wall_ms, c->addr, REASONS[R_IP_CONNS].status, REASONS[R_IP_CONNS].word);
-		conn_count(w, c, c->addr_id);
+		conn_count(w, c, many ? 0 : c->addr_id);
 	}
 	return conn_begin(w, c);
 }
@@ -6113,7 +6224,7 @@ relay_answer(struct worker *w, struct conn *c)
 	case MOVE_DONE:
 		return relay_done(w, c);
 	case MOVE_TO_FAILED:
-		return request_abandon(w, c, R_CLIENT_CLOSED);
+		return request_abandon(w, c, c->client.tls != NULL ? R_CLIENT_CUT : R_CLIENT_CLOSED);
 	case MOVE_WAIT:
 		return STEP_WAIT;
 	default:
@@ -6169,7 +6280,7 @@ step_tunnel(struct worker *w, struct conn *c)
 static void
 conn_close(struct worker *w, struct conn *c)
 {
-	if (c->state == S_IDLE && c->client.tls != NULL)
+	if ((c->state == S_IDLE || c->state == S_OPEN) && c->client.tls != NULL)
 		link_shut(&c->client);       /* nothing is cut by this end, and TLS says so */
 	link_close(&c->client, c->reset);
 	link_close(&c->upstream, false);
@@ -6320,7 +6431,7 @@ enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_ALL = 7 };
 
 /* Which role may call what. A worker that calls anything else is killed. The supervisor's list is also that of the binary
  * that USR2 puts in its place, whatever that needs: there a call that is not listed fails as if the kernel lacked it. */
-static const struct { int number; unsigned roles; } CALLS[] = {
+static const struct { unsigned number : 24, roles : 8; } CALLS[] = {
 	/* what serving is made of */
 	{SYS_recvfrom, FOR_ALL}, {SYS_sendto, FOR_ALL}, {SYS_recvmsg, FOR_ALL}, {SYS_read, FOR_ALL}, {SYS_write, FOR_ALL},
 	{SYS_ppoll, FOR_ALL}, {SYS_epoll_pwait, FOR_ALL}, {SYS_epoll_ctl, FOR_ALL}, {SYS_accept4, FOR_WORKER | FOR_SUPERVISOR},
@@ -6332,8 +6443,10 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 #ifdef SYS_poll
 	{SYS_poll, FOR_ALL}, {SYS_epoll_wait, FOR_ALL},
 #endif
-#ifdef SYS_newfstatat
-	{SYS_newfstatat, FOR_ALL},           /* fstat() of some libcs */
+#if defined(SYS_newfstatat) && defined(__GLIBC__)
+	{SYS_newfstatat, FOR_ALL},           /* its fstat() */
+#elif defined(SYS_newfstatat)
+	{SYS_newfstatat, FOR_RESOLVER | FOR_SUPERVISOR},
 #endif
 #ifdef SYS_recv
 	{SYS_recv, FOR_ALL}, {SYS_send, FOR_ALL},
@@ -6386,7 +6499,7 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 	{SYS_geteuid, FOR_SUPERVISOR}, {SYS_getgid, FOR_SUPERVISOR}, {SYS_getegid, FOR_SUPERVISOR}, {SYS_prctl, FOR_SUPERVISOR},
 	{SYS_setresuid, FOR_SUPERVISOR}, {SYS_setresgid, FOR_SUPERVISOR}, {SYS_setgroups, FOR_SUPERVISOR},
 	{SYS_getresuid, FOR_SUPERVISOR}, {SYS_getresgid, FOR_SUPERVISOR}, {SYS_chroot, FOR_SUPERVISOR},
-	{SYS_landlock_create_ruleset, FOR_SUPERVISOR}, {SYS_landlock_add_rule, FOR_SUPERVISOR},
+	{SYS_capset, FOR_SUPERVISOR}, {SYS_landlock_create_ruleset, FOR_SUPERVISOR}, {SYS_landlock_add_rule, FOR_SUPERVISOR},
 	{SYS_landlock_restrict_self, FOR_SUPERVISOR}, {SYS_seccomp, FOR_SUPERVISOR}, {334 /* rseq, where it is this */, FOR_SUPERVISOR},
 #ifdef SYS_fork
 	{SYS_fork, FOR_SUPERVISOR}, {SYS_vfork, FOR_SUPERVISOR}, {SYS_dup2, FOR_SUPERVISOR}, {SYS_pipe, FOR_SUPERVISOR},
@@ -6411,10 +6524,29 @@ static const struct { int number; unsigned roles; } CALLS[] = {
 #endif
 };
 
+/* What else must hold of a worker's calls: argument & mask == value. `high`: of the upper half of an argument. */
+static const struct { int number; unsigned argument; bool high; uint32_t mask, value; } RULES[] = {
+	{SYS_socket, 0, false, ~(uint32_t)(AF_UNIX | AF_INET | AF_INET6), 0},
+	{SYS_socket, 1, false, ~(uint32_t)(SOCK_NONBLOCK | SOCK_CLOEXEC), SOCK_STREAM},
+	{SYS_socket, 2, false, UINT32_MAX, 0},         /* TCP, not MPTCP, which Landlock lets through */
+	{SYS_sendto, 3, false, MSG_FASTOPEN, 0},       /* no connecting besides connect() */
+	{SYS_sendto, 4, false, UINT32_MAX, 0},
+#if UINTPTR_MAX > UINT32_MAX
+	{SYS_sendto, 4, true, UINT32_MAX, 0},
+#endif
+#ifdef SYS_send
+	{SYS_send, 3, false, MSG_FASTOPEN, 0},
+#endif
+	{SYS_fcntl, 1, false, ~7u, 0},                 /* F_SETOWN and what follows it send signals */
+#ifdef SYS_fcntl64
+	{SYS_fcntl64, 1, false, ~7u, 0},
+#endif
+};
+
 /* The kernel's interface, whose headers a musl toolchain may lack: linux/filter.h, seccomp.h, audit.h, landlock.h, prctl.h. */
 struct filter_step { uint16_t code; uint8_t yes, no; uint32_t k; };
 struct filter { uint16_t n; const struct filter_step *step; };
-enum { LOAD_WORD = 0x20, IF_EQUAL = 0x15, RETURN = 0x06, OFFSET_NUMBER = 0, OFFSET_ARCH = 4 };
+enum { LOAD_WORD = 0x20, AND = 0x54, IF_EQUAL = 0x15, RETURN = 0x06, OFFSET_NUMBER = 0, OFFSET_ARCH = 4, OFFSET_ARGUMENTS = 16 };
 enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, MODE_FILTER = 2 };
 #define ALLOW 0x7fff0000u
 #define KILL_PROCESS 0x80000000u
@@ -6435,12 +6567,20 @@ enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, 
 static bool
 sandbox_seccomp(unsigned role)
 {
-	static struct filter_step step[2 * LENGTH(CALLS) + 5];
+	static struct filter_step step[2 * LENGTH(CALLS) + 6 * LENGTH(RULES) + 5];
 	uint16_t n = 0;
 
 	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARCH};
 	step[n++] = (struct filter_step){IF_EQUAL, 1, 0, AUDIT_ARCH};
 	step[n++] = (struct filter_step){RETURN, 0, 0, KILL_PROCESS};
+	for (size_t i = 0; i < LENGTH(RULES) && role == FOR_WORKER; i++) {
+		step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_NUMBER};
+		step[n++] = (struct filter_step){IF_EQUAL, 0, 4, (uint32_t)RULES[i].number};
+		step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARGUMENTS + 8 * RULES[i].argument + 4 * RULES[i].high};
+		step[n++] = (struct filter_step){AND, 0, 0, RULES[i].mask};
+		step[n++] = (struct filter_step){IF_EQUAL, 1, 0, RULES[i].value};
+		step[n++] = (struct filter_step){RETURN, 0, 0, KILL_PROCESS};
+	}
 	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_NUMBER};
 	for (size_t i = 0; i < LENGTH(CALLS); i++)
 		if (CALLS[i].roles & role) {
@@ -6462,7 +6602,8 @@ addr_port(const struct addr *a)
 
 struct landlock_rules { uint64_t files, net, scoped; };
 struct landlock_port { uint64_t allowed, port; };
-enum { LANDLOCK_VERSION = 1, LANDLOCK_PORT = 2, NET_CONNECT = 2, NET_BIND_AND_CONNECT = 3 };
+enum { LANDLOCK_VERSION = 1, LANDLOCK_PORT = 2, NET_CONNECT = 2, NET_BIND_AND_CONNECT = 3,
+	ABSTRACT_SOCKETS_AND_SIGNALS = 3 };
 
 static int
 landlock_version(void)
@@ -6478,11 +6619,12 @@ sandbox_landlock(void)
 {
 	static const uint64_t FILES[] = {0, 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff};   /* what each version knows */
 	int version = landlock_version();
-	struct landlock_rules rules = {.files = FILES[version < 5 ? version : 5], .net = version >= 4 ? NET_BIND_AND_CONNECT : 0};
+	struct landlock_rules rules = {.files = FILES[version < 5 ? version : 5], .net = version >= 4 ? NET_BIND_AND_CONNECT : 0,
+	    .scoped = version >= 6 ? ABSTRACT_SOCKETS_AND_SIGNALS : 0};
 
 	if (version == 0)
 		return 0;
-	int fd = (int)syscall(SYS_landlock_create_ruleset, &rules, version >= 4 ? 16 : 8, 0);
+	int fd = (int)syscall(SYS_landlock_create_ruleset, &rules, version >= 6 ? 24 : version >= 4 ? 16 : 8, 0);
 	if (fd < 0)
 		return 0;
 	bool good = true;
@@ -6540,6 +6682,16 @@ sandbox_undumpable(void)
 	prctl(SET_DUMPABLE, 0);
 }
 
+/* Gives up what rights a user other than root was started with. */
+static void
+sandbox_capabilities(void)
+{
+	struct { uint32_t version; int pid; } head = {0x20080522, 0};
+	uint32_t none[6] = {0};
+
+	syscall(SYS_capset, &head, none);
+}
+
 /* Closes everything that serving does not need; `root`: the directory that becomes the root, or -1. The walls that hold. */
 static unsigned
 sandbox_worker(int root)
@@ -6556,18 +6708,20 @@ sandbox_worker(int root)
 		    (unsigned long long)config.gid, strerror(errno));
 	walls |= privileged ? WALL_USER : 0;
 	sandbox_undumpable();
+	sandbox_capabilities();
 	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
 		walls |= WALL_PRIVILEGES;
 	walls |= sandbox_landlock();
 	return walls | (sandbox_seccomp(FOR_WORKER) ? WALL_SECCOMP : 0);
 }
 
-/* The supervisor keeps its user: it reads keys and certificate again and opens the log anew. */
+/* `closed`: by the binary before us, whose list is still in force; each further one would slow every call. The supervisor
+ * keeps its user: it reads keys and certificate again and opens the log anew. */
 static void
-sandbox_supervisor(void)
+sandbox_supervisor(bool closed)
 {
 	sandbox_undumpable();
-	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && !closed)
 		sandbox_seccomp(FOR_SUPERVISOR);
 }
 
@@ -6580,6 +6734,41 @@ sandbox_resolver(void)
 	sandbox_undumpable();
 	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
 		sandbox_seccomp(FOR_RESOLVER);
+}
+
+#elif defined(TINYAUTH_NO_SANDBOX)
+
+/* For sanitizers and coverage, which need files and memory at the end of a process. */
+static bool
+sandbox_user(void)
+{
+	return true;
+}
+
+static unsigned
+sandbox_probe(int root)
+{
+	(void)root;
+	return 0;
+}
+
+static unsigned
+sandbox_worker(int root)
+{
+	if (root >= 0)
+		close(root);
+	return 0;
+}
+
+static void
+sandbox_supervisor(bool closed)
+{
+	(void)closed;
+}
+
+static void
+sandbox_resolver(void)
+{
 }
 
 #else
@@ -6617,8 +6806,9 @@ sandbox_worker(int root)
 }
 
 static void
-sandbox_supervisor(void)
+sandbox_supervisor(bool closed)
 {
+	(void)closed;
 }
 
 static void
@@ -6677,40 +6867,60 @@ sandbox_upstream(int root)
 
 /* ---- names --------------------------------------------------------------------------------------------------- */
 
-/* Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
+enum { NAME_ADDRS = 32 };            /* addresses of a name that are looked at; the first of them, sorted, are used */
+
+/* In an order that does not change when a name server turns its answers round. */
+static void
+addrs_sort(struct addr *list, size_t n)
+{
+	for (size_t i = 1; i < n; i++)
+		for (size_t k = i; k > 0 && strcmp(list[k - 1].text, list[k].text) > 0; k--) {
+			struct addr swapped = list[k];
+			list[k] = list[k - 1];
+			list[k - 1] = swapped;
+		}
+}
+
+/* `forget` lets go of what the child must not have. Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
  * else. Exit status: 0, or the positive number of getaddrinfo's error. */
 __attribute__((noreturn)) static void
-name_child(const char *text, bool passive, int to)
+name_child(const char *text, bool passive, int to, void (*forget)(void *), void *of)
 {
 	struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0)};
 	struct addrinfo *list;
-	struct addr found[UPSTREAM_ADDRS];
+	struct addr found[NAME_ADDRS];
 	struct mistake m;
-	char host[NI_MAXHOST];
-	const char *port;
+	char host[NI_MAXHOST] = "";
+	const char *port = NULL;
 	size_t n = 0;
 
 	memset(found, 0, sizeof found);
+	if (forget != NULL)
+		forget(of);
 	sandbox_resolver();
 	if (!addr_split(text, host, &port, &m))
 		_exit(EXIT_FAILURE);
 	int error = getaddrinfo(host, port, &hints, &list);
 	if (error != 0)
 		_exit(error < 0 ? -error : error);
-	for (int family = 0; family < 2; family++)
-		for (struct addrinfo *i = list; i != NULL && n < UPSTREAM_ADDRS; i = i->ai_next)
+	for (int family = 0; family < 2; family++) {
+		size_t from = n;
+		for (struct addrinfo *i = list; i != NULL && n < NAME_ADDRS; i = i->ai_next)
 			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
 				memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
 				found[n].len = i->ai_addrlen;
 				addr_write(&found[n++]);
 			}
+		addrs_sort(found + from, n - from);
+	}
+	n = n < UPSTREAM_ADDRS ? n : UPSTREAM_ADDRS;
 	bool good = write_whole(to, (struct slice){(char *)found, n * sizeof *found});
 	_exit(good && n > 0 ? EXIT_SUCCESS : EAI_NONAME < 0 ? -EAI_NONAME : EAI_NONAME);
 }
 
 /* Starts such a child; returns where its answer comes from, or -1. */
 static int
-name_ask(const char *text, bool passive, int *pid)
+name_ask(const char *text, bool passive, void (*forget)(void *), void *of, int *pid)
 {
 	int pair[2];
 
@@ -6719,7 +6929,7 @@ name_ask(const char *text, bool passive, int *pid)
 	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
 	fcntl(pair[0], F_SETFL, O_NONBLOCK);
 	if ((*pid = fork()) == 0)
-		name_child(text, passive, pair[1]);
+		name_child(text, passive, pair[1], forget, of);
 	close(pair[1]);
 	if (*pid > 0)
 		return pair[0];
@@ -6741,7 +6951,7 @@ name_answer(int from, struct addr found[UPSTREAM_ADDRS])
 static unsigned
 name_find(const char *text, const char *option, bool passive, struct addr found[UPSTREAM_ADDRS], int failure)
 {
-	int pid = 0, status = 0, from = name_ask(text, passive, &pid);
+	int pid = 0, status = 0, from = name_ask(text, passive, NULL, NULL, &pid);
 	struct pollfd answer = {from, POLLIN, 0};
 
 	if (from < 0)
@@ -7255,6 +7465,8 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	w->wall_ms = clock_wall_ms();
 	sandbox_upstream(root);
 	unsigned missing = expected & ~sandbox_worker(root);
+	if (w->control >= 0)
+		send(w->control, "S", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* it serves */
 	out_walls(&o, missing);
 	if (missing != 0)
 		log_sandbox(w->log, "sandbox_missing", config.uid, config.gid, (struct slice){text, o.n});
@@ -7484,7 +7696,7 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 			close(s->child[i].control);
 	if (s->keys_fd >= 0)
 		close(s->keys_fd);
-	if (s->table_fd >= 0)
+	if (s->table_fd >= 0 && config.state == NULL)
 		close(s->table_fd);
 	if (s->sessions_fd >= 0)
 		close(s->sessions_fd);
@@ -7496,8 +7708,8 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	w->pair = s->pair;
 	w->sessions = s->sessions;
 	w->row = row;
-	if (row != NULL)
-		atomic_store(&row->taken, (uint32_t)getpid());
+	if (config.state != NULL)
+		table_row_own(s->table, s->table_fd, row);
 	w->control = control;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
@@ -7589,7 +7801,7 @@ supervisor_reap(struct supervisor *s)
 			struct child *child = &s->child[i];
 			if (child->pid != pid)
 				continue;
-			if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM)
+			if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
 				s->hopeless = true;
 			close(child->control);
 			if (child->row != NULL)
@@ -7866,17 +8078,7 @@ upgrade_expose(const struct supervisor *s, bool shown)
 			fcntl(s->child[i].control, F_SETFD, flags);
 }
 
-/* The number of a row, or -1. */
-static int
-upgrade_row(const struct supervisor *s, const struct conn_row *row)
-{
-	for (uint32_t i = 0; i < s->table->rows; i++)
-		if (row == table_row(s->table, i))
-			return (int)i;
-	return -1;
-}
-
-/* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own, and `pid:control:slot:row` of each child. */
+/* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own and the sandbox is closed, and `pid:control:slot:row` of each child. */
 static bool
 upgrade_environment(const struct supervisor *s)
 {
@@ -7884,11 +8086,11 @@ upgrade_environment(const struct supervisor *s)
 	struct out o = {text, 0, sizeof text - 1, false};
 	char number[24];
 
-	out_print(&o, "%d %d %d %d", s->keys_fd, s->table_fd, s->sessions_fd, s->bound);
+	out_print(&o, "%d %d %d %d %d", s->keys_fd, s->table_fd, s->sessions_fd, s->bound, s->closed);
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			out_print(&o, " %d:%d:%d:%d", s->child[i].pid, s->child[i].control,
-			    s->child[i].slot, upgrade_row(s, s->child[i].row));
+			    s->child[i].slot, table_row_number(s->table, s->child[i].row));
 	text[o.n] = '\0';
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
 	text_print(number, sizeof number, "%u", s->listeners);
@@ -7962,18 +8164,19 @@ static void
 supervisor_inherit(struct supervisor *s)
 {
 	char *text = getenv("TINYAUTH_HANDOVER");
-	size_t table_size, sessions_size;
+	size_t mapped, sessions_size;
 
 	if (text == NULL)
 		return;
 	int keys_fd = (int)strtol(text, &text, 10), table_fd = (int)strtol(text, &text, 10);
 	int sessions_fd = (int)strtol(text, &text, 10);
 	s->bound = strtol(text, &text, 10) != 0;
+	s->closed = strtol(text, &text, 10) != 0;
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
-	s->table = inherit_map(table_fd, TABLE_MAGIC, &table_size);
-	if (s->table != NULL && (s->table->conns != config.max_conns || table_size < s->table->size)) {
-		munmap(s->table, table_size); /* of another geometry: begun anew; the old workers count for themselves */
+	s->table = inherit_map(table_fd, TABLE_MAGIC, &mapped);
+	if (s->table != NULL && (s->table->conns != config.max_conns || table_size(s->table->rows, s->table->conns) != mapped)) {
+		munmap(s->table, mapped);    /* of another geometry: begun anew; the old workers count for themselves */
 		close(table_fd);
 		s->table = NULL;
 	}
@@ -7981,6 +8184,8 @@ supervisor_inherit(struct supervisor *s)
 	s->sessions = inherit_map(sessions_fd, SESSIONS_MAGIC, &sessions_size);
 	if (s->sessions != NULL && sessions_size < sizeof *s->sessions)
 		s->sessions = NULL;
+	if (s->sessions != NULL)
+		madvise(s->sessions, sizeof *s->sessions, MADV_DONTDUMP);
 	s->sessions_fd = s->sessions != NULL ? sessions_fd : -1;
 	for (struct child *child = s->child; *text == ' ' && child < s->child + CHILDREN_MAX; child++) {
 		child->pid = (int)strtol(text, &text, 10);
@@ -8064,6 +8269,8 @@ supervisor_hear(struct supervisor *s)
 			for (ssize_t k = 0; k < n; k++) {
 				if (words[k] == 'P')
 					child->pings = 0;
+				else if (words[k] == 'S')
+					s->proven = true;
 				else if (words[k] == 'R' && s->resolver == 0)
 					s->resolve_ns = s->now_ns;
 			}
@@ -8141,6 +8348,28 @@ supervisor_resolved(struct supervisor *s)
 	supervisor_generation(s);
 }
 
+/* In the child that looks up a name: nothing that a name server's answer could do harm with. */
+static void
+supervisor_forget(void *of)
+{
+	struct supervisor *s = of;
+
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			close(s->child[i].control);
+	for (unsigned i = 0; i < s->listeners; i++)
+		close(s->listener[i]);
+	munmap(s->keys, s->keys_size);
+	munmap(s->table, s->table->size);
+	if (s->sessions != NULL)
+		munmap(s->sessions, sizeof *s->sessions);
+	close(s->keys_fd);
+	close(s->table_fd);
+	close(s->sessions_fd);
+	close(s->notify);
+	pair_forget(s->pair);
+}
+
 static void
 supervisor_resolve(struct supervisor *s)
 {
@@ -8151,7 +8380,7 @@ supervisor_resolve(struct supervisor *s)
 		s->resolve_ns = s->now_ns + RESOLVE_MS * NS_PER_MS;
 		return;
 	}
-	s->resolver_fd = name_ask(config.upstream.text, false, &s->resolver);
+	s->resolver_fd = name_ask(config.upstream.text, false, supervisor_forget, s, &s->resolver);
 	if (s->resolver_fd < 0)
 		s->resolver = 0;
 	s->resolve_ns = s->now_ns + (s->resolver != 0 ? RESOLVE_MS : RESOLVE_EVERY_MS) * NS_PER_MS;
@@ -8329,12 +8558,13 @@ supervisor_table(struct supervisor *s)
 	bool aside = false;
 
 	if (s->table == NULL && config.state != NULL)
-		s->table = table_open(config.state, rows, config.max_conns, &s->table_fd, &aside);
+		s->table = table_open(config.state, rows, rows, config.max_conns, &s->table_fd, &aside);
 	else if (s->table == NULL)
 		s->table = table_new(rows, config.max_conns, &s->table_fd);
 	if (aside)
 		say(STDERR_FILENO, "tinyauth: %s: was no table of this version and size; set aside as %s.old\n", config.state, config.state);
-	table_recover(s->table);
+	if (config.state != NULL)
+		table_recover(s->table, s->table_fd);
 }
 
 static struct log *
@@ -8419,7 +8649,8 @@ supervisor_run(char *const *argv)
 	supervisor_notify_open(s);
 	s->root = sandbox_directory();
 	s->walls = sandbox_probe(s->root);
-	sandbox_supervisor();
+	sandbox_supervisor(s->closed);
+	s->closed = true;
 	supervisor_generation(s);
 	s->serving = true;
 	supervisor_tell_start(s, asked);
@@ -8467,16 +8698,24 @@ inetd_peer(int fd, struct sockaddr_storage *peer)
 	}
 }
 
-/* The log of a connection that inetd made also stderr of: there must not be one, unless --log names a file. */
-static struct log *
-inetd_log(int connection)
+static bool
+same_file(int a, int b)
 {
-	struct log *log = log_new_from_config();
-	struct stat a, b;
+	struct stat x, y;
 
-	log->off = config.log == NULL && fstat(connection, &a) == 0 && fstat(STDERR_FILENO, &b) == 0 && a.st_dev == b.st_dev &&
-	           a.st_ino == b.st_ino;
-	return log;
+	return fstat(a, &x) == 0 && fstat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* inetd makes the connection stderr as well: what we say there must not reach the client. True: there is no stderr now. */
+static bool
+inetd_mute(int in, int out)
+{
+	if (!same_file(STDERR_FILENO, in) && !same_file(STDERR_FILENO, out))
+		return false;
+	int idle = descriptor_idle();
+	dup2(idle, STDERR_FILENO);
+	close(idle);
+	return true;
 }
 
 /* Serves the one connection on stdin and stdout. Limits are shared with other such processes through --state. */
@@ -8490,8 +8729,9 @@ inetd_run(void)
 	bool aside, heard;
 	int in, out, one = 1;
 
-	keys_must_be_named(EX_CONFIG);
 	inetd_descriptors(s, &in, &out);
+	bool mute = inetd_mute(in, out);
+	keys_must_be_named(EX_CONFIG);
 	inetd_peer(in, &peer);
 	names_find(EX_CONFIG);
 	if (!supervisor_publish(s, &bad))
@@ -8499,14 +8739,18 @@ inetd_run(void)
 	config.max_conns = 1;
 	w->keys = s->keys;
 	w->pair = pair_from_config(EX_CONFIG);
-	w->table = config.state != NULL ? table_open(config.state, INETD_ROWS, 1, &s->table_fd, &aside) : table_new(1, 1, &s->table_fd);
-	table_recover(w->table);
+	w->table = config.state != NULL ? table_open(config.state, 1, INETD_ROWS, 1, &s->table_fd, &aside) : table_new(1, 1, &s->table_fd);
+	if (config.state != NULL)
+		table_recover(w->table, s->table_fd);
 	w->row = table_row_take(w->table);
-	w->log = inetd_log(in);
+	if (config.state != NULL)
+		table_row_own(w->table, s->table_fd, w->row);
+	w->log = log_new_from_config();
+	w->log->off = mute && config.log == NULL;
 	w->control = -1;
-	int root = sandbox_directory(), flags = fcntl(out, F_GETFL);
-	fcntl(in, F_SETFL, fcntl(in, F_GETFL) | O_NONBLOCK);
-	fcntl(out, F_SETFL, flags | O_NONBLOCK);
+	int root = sandbox_directory(), ends[2] = {dup(in), dup(out)}, flags[2] = {fcntl(in, F_GETFL), fcntl(out, F_GETFL)};
+	fcntl(in, F_SETFL, flags[0] | O_NONBLOCK);
+	fcntl(out, F_SETFL, flags[1] | O_NONBLOCK);
 	setsockopt(in, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	worker_ready(w, root, sandbox_probe(root));
 	bool secure = w->pair != NULL && peer.ss_family != AF_UNIX;
@@ -8524,7 +8768,8 @@ inetd_run(void)
 	log_flush(w->log);
 	if (w->row != NULL)
 		table_row_give(w->row);
-	fcntl(out, F_SETFL, flags);          /* a terminal or pipe that others go on with; a socket is closed by now */
+	for (int i = 0; i < 2; i++)
+		fcntl(ends[i], F_SETFL, flags[i]);   /* others may go on with this terminal or pipe */
 	return EXIT_SUCCESS;
 }
 
@@ -8976,8 +9221,8 @@ probe_read(const char *url, struct addr *a, struct slice *path)
 	struct slice authority = {rest.p, slash == NULL ? rest.n : (size_t)(slash - rest.p)};
 	if (slash != NULL && rest.p + rest.n - slash > 1)
 		*path = slice_from(rest, authority.n);
-	bool port = memrchr(authority.p, ':', authority.n) != NULL && authority.p[authority.n - 1] != ']';
-	text_print(host, sizeof host, "%.*s%s", (int)(authority.n < 100 ? authority.n : 100), authority.p,
+	bool port = slash == NULL && strncmp(url, "unix:", 5) == 0 ? true : memrchr(authority.p, ':', authority.n) != NULL && authority.p[authority.n - 1] != ']';
+	text_print(host, sizeof host, "%.*s%s", (int)(authority.n < sizeof host - 5 ? authority.n : sizeof host - 5), authority.p,
 	    port ? "" : scheme.n == 8 ? ":443" : ":80");
 	if (!addr_read(host, a, &n, false, &m))
 		die(EX_USAGE, "check --url: %s", m.text);
@@ -9010,11 +9255,14 @@ command_probe(const char *url)
 	out_print(&o, "GET %.*s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", (int)path.n, path.p);
 	if (!write_whole(fd, (struct slice){o.p, o.n}))
 		die(EXIT_FAILURE, "check --url: %s: %s", a.text, strerror(errno));
-	while (got < sizeof text - 1 && (n = recv(fd, text + got, sizeof text - 1 - got, 0)) > 0)
-		got += (size_t)n;
+	for (uint64_t end_ns = clock_ns() + 5 * NS_PER_S; clock_ns() < end_ns && got < sizeof text - 1; got += (size_t)n)
+		if ((n = recv(fd, text + got, sizeof text - 1 - got, 0)) <= 0)
+			break;
 	text[got] = '\0';
 	struct slice answer = {text, got}, line = text_line(&answer), want = tls ? S("HTTP/1.1 400 ") : S("HTTP/1.1 200 ");
 	bool alive = slice_starts_like(line, want) && (!tls || strstr(text, "speaks TLS") != NULL);
+	if (!alive && got == 0)
+		die(EXIT_FAILURE, "check --url: %s: no answer within 5 s", a.text);
 	if (!alive)
 		die(EXIT_FAILURE, "check --url: %s answers '%.*s'", a.text, (int)line.n, line.p);
 	return EXIT_SUCCESS;

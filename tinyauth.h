@@ -282,7 +282,7 @@ struct table {
 	uint32_t rows, conns;        /* rows that follow this struct, and entries of each */
 	struct rate_slot address[RATE_SETS][RATE_WAYS];
 };
-#define TABLE_MAGIC 0x336c626174796e74ull
+#define TABLE_MAGIC 0x346c626174796e74ull
 _Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
 
 /* TLS sessions that can be resumed, by every worker of every generation: one mapping of its own, never in a file. A slot
@@ -550,6 +550,8 @@ struct supervisor {
 	uint64_t pet_ns;             /* when the next one is due */
 	bool resolved;               /* the child is gone, its answer is there */
 	bool hopeless;               /* a worker could not give up root */
+	bool proven;                 /* one could, and serves */
+	bool closed;                 /* the sandbox of this process is in force */
 	int resolver, resolver_fd;   /* child that looks up the upstream's name, and its answer; 0: none */
 	uint64_t resolve_ns;         /* when the name is looked up again; with a child: when that one is given up */
 	uint64_t events, active_ns;  /* what happened ever; when something happened last */

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """End-to-end tests: the built binary between raw sockets and a stand-in model server.
 
-    python3 tests/e2e.py [--tinyauth BIN] [-v] [--no-measure] [PATTERN]
+    python3 tests/e2e.py [--tinyauth BIN] [-v] [--no-measure] [--tls] [PATTERN]
 
 Each test_* function gets a Lab, in which it starts tinyauth, a model of its own when it reads the model's log, and
 clients; the lab stops all of it. A test also fails when tinyauth does not drain within 5 s, exits with the wrong
 status, leaves a process behind or wrote something unexpected to stderr. Tests run four at a time; those marked @alone
 or @measured (they measure, or load the machine) run one by one afterwards. --no-measure leaves out what is measured,
-for slow builds such as the sanitizers'. PATTERN picks tests by a part of their name. The last line is
-`N passed, N failed`.
+for slow builds such as the sanitizers'. --tls runs all of it with every client over TLS, but for what NOT_OVER_TLS
+names with the reason. PATTERN picks tests by a part of their name. The last line is `N passed, N failed`.
 """
 
 import argparse
@@ -33,10 +33,13 @@ import traceback
 from pathlib import Path
 
 sys.dont_write_bytecode = True
-from model import BLOCK, pattern, pieces  # noqa: E402
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE / "tls"))
+from model import BLOCK, pattern, pieces  # noqa: E402
+from secure import Ragged, SecureSocket, self_signed  # noqa: E402
+
 WATCHDOG = 150                      # seconds for the whole run
+WATCHDOG_TLS = 400
 HOST = "models.test:8080"
 ALICE = "alice-Secret-0123456789"
 BOB = "bob-Secret-9876543210"
@@ -55,8 +58,8 @@ alice\t{ALICE}
 bob    {sha256(BOB)}    # hashed
 carol  {CAROL} off
 """
-EVENTS = {"listening", "ready", "worker_started", "keys_published", "draining", "stopped", "log_reopened", "upgrade",
-          "fewer_connections"}
+EVENTS = {"listening", "sandbox", "certificate", "ready", "worker_started", "keys_published", "draining", "stopped", "log_reopened", "upgrade",
+          "fewer_connections", "certificate"}
 
 
 def same(got, want, what):
@@ -137,10 +140,24 @@ class Answer:
         return json.loads(self.body)
 
 
-class Client:
-    """One connection, written and read as exactly as a test needs it."""
+class Secure:
+    """Whether clients speak TLS, and to whom."""
+    pair = None                         # with --tls: what every tinyauth gets that has none of its own
+    ports = set()                       # listeners that want TLS
 
-    def __init__(self, address, rcvbuf=None):
+    @classmethod
+    def scheme(cls):
+        return "https" if cls.pair else "http"
+
+    @classmethod
+    def wrap(cls, sock, port):
+        return SecureSocket(sock) if port in cls.ports else sock
+
+
+class Client:
+    """One connection, written and read as exactly as a test needs it. `silent`: without a TLS handshake."""
+
+    def __init__(self, address, rcvbuf=None, silent=False):
         self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         if rcvbuf:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
@@ -149,6 +166,8 @@ class Client:
         if not isinstance(address, str):
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.port = self.sock.getsockname()[1]
+            if not silent:
+                self.sock = Secure.wrap(self.sock, address[1])
         self.buffer = bytearray()
         self.answer = None
 
@@ -160,6 +179,8 @@ class Client:
             data = self.sock.recv(1 << 18)
         except ConnectionResetError:
             raise Cut("reset") from None
+        except Ragged:
+            raise Cut("ragged") from None
         if not data:
             raise Cut("eof")
         self.buffer += data
@@ -241,8 +262,9 @@ class Client:
         self.sock.close()
 
     def reset(self):
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+        raw = getattr(self.sock, "raw", self.sock)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()
 
 
 # Processes
@@ -360,6 +382,7 @@ class Tinyauth:
         self.keys = lab.path("keys")
         self.clients, self.loads = [], []
         self.lines, self.parsed = [], []
+        self.secure = set()                 # ports that want TLS
         self.expected = []                  # patterns of further lines that stderr may hold
         self.status = 0                     # expected
         self.reading = threading.Event()
@@ -371,6 +394,8 @@ class Tinyauth:
             command += ["-k", self.keys]
         if log:
             command += ["--log", log]
+        if Secure.pair and "--tls-cert" not in options:
+            command += Secure.pair.options
         self.began = time.monotonic_ns()
         self.process = Started.popen([*command, *options], env=environment(**(env or {})), cwd=cwd,
                                      stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -381,6 +406,8 @@ class Tinyauth:
         until(lambda: self.process.poll() is not None or self.events("ready"), "event=ready")
         assert self.events("ready"), f"tinyauth exited {self.process.poll()}: {self.text()}"
         self.name = self.events("listening")[0]["addr"]
+        self.secure = {int(event["addr"].rpartition(":")[2]) for event in self.events("listening") if event.get("tls") == "yes"}
+        Secure.ports |= self.secure
         host, _, port = self.name.rpartition(":")
         self.address = self.name[5:] if self.name.startswith("unix:") else ("127.0.0.1", int(port))
 
@@ -485,6 +512,7 @@ class Tinyauth:
         for pid in filter(alive, family):
             problems.append(f"child {pid} left behind")
             os.kill(pid, signal.SIGKILL)
+        Secure.ports -= self.secure
         self.pump.join(2)
         self.process.stderr.close()
         problems += [f"unexpected on stderr: {line!r}" for _, line in self.lines if not self.is_expected(line)][:10]
@@ -1040,6 +1068,7 @@ def test_response_fields(lab):
 def test_unix_sockets_both_ways(lab):
     """It listens on a unix socket and reaches a model on one."""
     path = lab.path("model.sock")
+    os.chmod(os.path.dirname(path), 0o755)   # started as root, its workers come as nobody
     model = lab.model("--unix", path)
     tinyauth = lab.tinyauth("-l", "127.0.0.1:0", listen="unix:" + lab.path("tinyauth.sock"), upstream="unix:" + path)
     same(tinyauth.ask("GET", "/api/version").status, 200, "over the unix socket")
@@ -1058,7 +1087,7 @@ def test_dual_stack_listener(lab):
         raise Skip("no IPv6 here") from None
     tinyauth = lab.tinyauth(listen="[::]:0")
     same(values(tinyauth.ask().json(), "X-Real-IP"), ["127.0.0.1"], "X-Real-IP over IPv4")
-    with socket.create_connection(("::1", tinyauth.address[1]), 5) as sock:
+    with Secure.wrap(socket.create_connection(("::1", tinyauth.address[1]), 5), tinyauth.address[1]) as sock:
         sock.sendall(request("GET", "/t/echo", "Connection: close"))
         text = b"".join(iter(lambda: sock.recv(65536), b""))
     same(values(json.loads(text.partition(b"\r\n\r\n")[2]), "X-Real-IP"), ["::1"], "X-Real-IP over IPv6")
@@ -1502,7 +1531,7 @@ def test_fields_for_the_model(lab):
     tinyauth = lab.tinyauth()
     echo = tinyauth.ask("GET", "/t/echo?a=b%20c", "X-Request-Id: req-42.A_b").json()
     wanted = {"Host": f"localhost:{lab.shared.port}", "X-Forwarded-Host": HOST, "X-Forwarded-For": "127.0.0.1",
-              "X-Forwarded-Proto": "http", "X-Real-IP": "127.0.0.1", "X-Request-Id": "req-42.A_b"}
+              "X-Forwarded-Proto": Secure.scheme(), "X-Real-IP": "127.0.0.1", "X-Request-Id": "req-42.A_b"}
     for name, value in wanted.items():
         same(values(echo, name), [value], name)
     same((echo["method"], echo["target"], echo["version"]), ("GET", "/t/echo?a=b%20c", "HTTP/1.1"), "request line")
@@ -1680,7 +1709,8 @@ def test_client_that_leaves_ends_the_generation(lab):
         for start in (start_stream, start_download, start_silence):
             took = gone_after(lab, tinyauth, model, leave, start)
             assert took < 50, f"{start.__name__}, {leave.__name__}: closed after {took:.1f} ms"
-    same({record["reason"] for record in tinyauth.access(6)}, {"client_closed"}, "logged reasons")
+    reasons = {"client_closed", "client_cut"} if Secure.pair else {"client_closed"}    # a reset says no close_notify
+    same({record["reason"] for record in tinyauth.access(6)}, reasons, "logged reasons")
 
 
 GIGABYTE = 1000000000
@@ -2407,6 +2437,10 @@ def test_size(lab):
 
 # The run
 
+NOT_OVER_TLS = {
+}
+
+
 class Run:
     """The tests of one call, their count and what they leave."""
 
@@ -2428,7 +2462,7 @@ class Run:
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames
-                              if Path(frame.filename).parent == HERE)
+                              if HERE in Path(frame.filename).parents)
             problems.append(f"{type(error).__name__}: {error} ({where})")
         try:
             problems += lab.close()
@@ -2458,6 +2492,9 @@ class Run:
         shutil.rmtree(self.directory, ignore_errors=True)
         print(f"{self.passed} passed, {self.failed} failed", flush=True)
 
+    def skip(self, test, why):
+        print(f"skipped {test.__name__}: {why}", flush=True)
+
     def abort(self, why):
         """From the watchdog or a signal: stop everything at once."""
         Started.aborted = True
@@ -2475,15 +2512,23 @@ def main(module):
     parser.add_argument("--tinyauth", metavar="BIN", default=HERE.parent / "tinyauth")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--no-measure", action="store_true")
+    parser.add_argument("--tls", action="store_true")
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="")
     options = parser.parse_args()
     tests = [test for name, test in module.items() if name.startswith("test_") and options.pattern in name]
     if options.no_measure:
         tests = [test for test in tests if not getattr(test, "measured", False)]
     run = Run(str(Path(options.tinyauth).resolve()), options.verbose)
+    seconds = module.get("WATCHDOG", WATCHDOG)
+    if options.tls:
+        Secure.pair, seconds = self_signed(run.directory), WATCHDOG_TLS
+        for test in tests:
+            if test.__name__ in module["NOT_OVER_TLS"]:
+                run.skip(test, module["NOT_OVER_TLS"][test.__name__])
+        tests = [test for test in tests if test.__name__ not in module["NOT_OVER_TLS"]]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: run.abort(f"stopped by signal {number}"))
-    watchdog = threading.Timer(WATCHDOG, run.abort, [f"not done after {WATCHDOG} s"])
+    watchdog = threading.Timer(seconds, run.abort, [f"not done after {seconds} s"])
     watchdog.daemon = True
     watchdog.start()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

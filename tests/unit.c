@@ -4371,6 +4371,1717 @@ test_edit_find(void)
 }
 
 /* ============================================================================================================= *
+ * SMALL SYSTEMS
+ * ============================================================================================================= */
+
+/* What a format makes in a place of `max` bytes; the bytes behind that must stay as they are. */
+__attribute__((format(printf, 2, 3))) static const char *
+printed(size_t max, const char *format, ...)
+{
+	static char place[4096 + CANARY];
+	va_list rest;
+
+	memset(place, '#', sizeof place);
+	struct out o = {place, 0, max - 1, false};
+	va_start(rest, format);
+	out_vprint(&o, format, rest);
+	va_end(rest);
+	place[o.n] = '\0';
+	for (size_t i = 0; i < CANARY; i++)
+		CHECK_OF(format, place[max + i] == '#');
+	return place;
+}
+
+static void
+test_formats(void)
+{
+	/* Our own printf writes each of its conversions as libc's does. */
+	enum { MOST = 256 };
+
+	CHECK(text_is(printed(MOST, "%s|%s", "", "a%b"), "|a%b"));
+	CHECK(text_is(printed(MOST, "%.*s|%.*s|%.*s", 0, "abc", 2, "abc", 9, "abc"), "|ab|abc"));
+	CHECK(text_is(printed(MOST, "%c%c%%%c", 'x', '\x7f', '%'), "x\x7f%%"));
+	CHECK(text_is(printed(MOST, "%d %d %d %d", 0, -1, INT_MAX, INT_MIN), "0 -1 2147483647 -2147483648"));
+	CHECK(text_is(printed(MOST, "%u %u", 0u, UINT_MAX), "0 4294967295"));
+	CHECK(text_is(printed(MOST, "%llu %llu", 0ull, (unsigned long long)UINT64_MAX), "0 18446744073709551615"));
+	CHECK(text_is(printed(MOST, "%zu|%u|%llu|%d", (size_t)12345, 6u, 1ull << 40, -7), "12345|6|1099511627776|-7"));
+	CHECK(text_is(printed(MOST, "plain"), "plain") && text_is(printed(MOST, "%s", ""), ""));
+	CHECK(text_is(printed(MOST, "100%%"), "100%"));
+	for (int i = 0; i < 1000; i++) {
+		char wanted[MOST];
+		unsigned long long n = random_next() >> random_below(64);
+		snprintf(wanted, sizeof wanted, "%llu %d %zu %u", n, (int)(uint32_t)n, (size_t)n, (unsigned)n);
+		CHECK_OF(wanted, text_is(printed(MOST, "%llu %d %zu %u", n, (int)(uint32_t)n, (size_t)n, (unsigned)n), wanted));
+	}
+}
+
+static void
+test_formats_cut(void)
+{
+	/* What does not fit is cut, never written past the end, and a string is cut at the byte. */
+	char small[8];
+
+	for (size_t max = 1; max < 40; max++) {
+		const char *got = printed(max, "ab%scd%d%llu%c", "0123456789", -123456, 1ull << 50, 'z');
+		CHECK(strlen(got) < max && strspn(got, "abcd0123456789-z") == strlen(got));
+	}
+	CHECK(text_is(printed(8, "%s", "0123456789"), "0123456") && text_is(printed(8, "ab%s", "0123456789"), "ab01234"));
+	CHECK(text_is(printed(8, "ab%.*s", 3, "0123456789"), "ab012") && text_is(printed(1, "%s", "x"), ""));
+	text_print(small, sizeof small, "%s/%s", "0123456789", "x");
+	CHECK(small[7] == '\0' && strncmp(small, "0123456", 7) == 0);
+	char *guard = guarded() + GUARDED - 3;       /* a string that is not ended, where only three bytes may be read */
+	memcpy(guard, "abc", 3);
+	CHECK(text_is(printed(16, "<%.*s>", 3, guard), "<abc>"));
+}
+
+static void
+test_mistakes_show_the_value(void)
+{
+	/* A sentence about a value that is too long shows its beginning. */
+	struct config cfg = {.max_conns = 0};
+	struct mistake m;
+	char text[600];
+
+	memset(text, 'u', sizeof text);
+	strcpy(text + 200, ":80");
+	CHECK(!config_upstream(&cfg, text, &m));
+	CHECK_OF(m.text, text_is(m.text, "'uuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuu...' is too long"));
+	CHECK(!config_listen(&cfg, text, &m));
+	CHECK_OF(m.text, text_is(m.text, "'uuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuuu...' is too long"));
+	memset(text, 'u', sizeof text);
+	text[sizeof text - 1] = '\0';
+	CHECK(!config_trust(&cfg, text, &m) && strlen(m.text) < sizeof m.text && strncmp(m.text, "'uuu", 4) == 0);
+}
+
+/* An IPv6 address as RFC 5952 wants it, in the most simple-minded way. */
+static void
+ip6_plain(const unsigned char ip[16], char text[64])
+{
+	unsigned group[8];
+	int best = -1, most = 1;
+	char *to = text;
+
+	for (int i = 0; i < 8; i++)
+		group[i] = (unsigned)ip[2 * i] * 256 + ip[2 * i + 1];
+	for (int from = 7; from >= 0; from--)
+		for (int n = 1; from + n <= 8 && group[from + n - 1] == 0; n++)
+			if (n > 1 && n >= most) {
+				best = from;
+				most = n;
+			}
+	for (int i = 0; i < 8; i++)
+		if (best >= 0 && i == best)
+			to += sprintf(to, "::");
+		else if (best < 0 || i < best || i >= best + most)
+			to += sprintf(to, "%s%x", i == 0 || (best >= 0 && i == best + most) ? "" : ":", group[i]);
+}
+
+static void
+ip6_check(const unsigned char ip[16])
+{
+	char text[64] = "", plain[64], libc[INET6_ADDRSTRLEN];
+	unsigned char again[16];
+	struct out o = {text, 0, sizeof text - 1, false};
+	struct in6_addr a;
+
+	out_ip6(&o, ip);
+	ip6_plain(ip, plain);
+	CHECK_OF(plain, text_is(text, plain));
+	CHECK_OF(plain, inet_pton(AF_INET6, text, again) == 1 && memcmp(ip, again, 16) == 0);
+	CHECK_OF(plain, o.n < ADDR_TEXT_MAX && !o.full);
+	/* libc writes some with dots, and musl's counts a run at the beginning one short. */
+	memcpy(&a, ip, 16);
+	if (!IN6_IS_ADDR_V4MAPPED(&a) && !IN6_IS_ADDR_V4COMPAT(&a) && (ip[0] | ip[1] | ip[2] | ip[3]) != 0)
+		CHECK_OF(plain, text_is(text, inet_ntop(AF_INET6, ip, libc, sizeof libc)));
+}
+
+static void
+test_ip6_text(void)
+{
+	/* IPv6 addresses are written as RFC 5952 and libc write them: every pattern of zeros, and many at random. */
+	static const char *const CASES[] = {"::", "::1", "1::", "2001:db8::1", "2001:db8:0:1:1:1:1:1", "2001:0:0:1::1",
+	    "2001:db8::1:0:0:1", "fe80::1", "ff02::fb", "::ffff:0:0:1", "64:ff9b::1", "1:2:3:4:5:6:7:8", "0:1:2:3:4:5:6:7",
+	    "1:2:3:4:5:6:7:0", "::2:3:4:5:6:7:8", "1:2:3:4:5:6::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "1:0:0:2::3"};
+	unsigned char ip[16];
+
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		CHECK_OF(CASES[i], inet_pton(AF_INET6, CASES[i], ip) == 1);
+		ip6_check(ip);
+	}
+	for (unsigned zeros = 0; zeros < 256; zeros++)
+		for (int i = 0; i < 200; i++) {
+			for (int k = 0; k < 8; k++) {
+				unsigned group = zeros >> k & 1 ? 0 : 1u + (unsigned)(random_next() >> (48 + random_below(16)));
+				ip[2 * k] = (unsigned char)(group >> 8);
+				ip[2 * k + 1] = (unsigned char)group;
+			}
+			ip6_check(ip);
+		}
+}
+
+static void
+test_ip_text(void)
+{
+	/* An address is written without its port, IPv4 as such also when it is mapped, and a unix socket's by name. */
+	static const struct { const char *text, *written; } CASES[] = {{"192.0.2.1", "192.0.2.1"}, {"0.0.0.0", "0.0.0.0"},
+	    {"255.255.255.255", "255.255.255.255"}, {"::ffff:192.0.2.1", "192.0.2.1"}, {"::ffff:c000:201", "192.0.2.1"},
+	    {"2001:db8::7", "2001:db8::7"}, {"::1", "::1"}};
+	unsigned char ip[16];
+	char text[ADDR_TEXT_MAX];
+
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		CHECK_OF(CASES[i].text, ip_read(slice_of(CASES[i].text), ip));
+		struct sockaddr_storage ss = ip_address(ip);
+		addr_text(&ss, text);
+		CHECK_OF(CASES[i].text, text_is(text, CASES[i].written));
+	}
+	struct sockaddr_storage local = {.ss_family = AF_UNIX};
+	addr_text(&local, text);
+	CHECK(text_is(text, "unix"));
+	ip_of(&local, ip);
+	struct sockaddr_storage again = ip_address(ip);
+	CHECK(again.ss_family == AF_UNIX);
+}
+
+#if !defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+
+/* As libc calls them: a compiler that knows what they are leaves them out. */
+static void *(*volatile take_bytes)(size_t) = malloc;
+static void *(*volatile take_zeros)(size_t, size_t) = calloc;
+static void *(*volatile take_again)(void *, size_t) = realloc;
+static void (*volatile give_bytes)(void *) = free;
+
+static void
+test_arena(void)
+{
+	/* Memory that libc asks for comes from one place: aligned, apart, given back when it was the last taken, and it ends
+	 * with NULL instead of something else's bytes. */
+	size_t before = arena_used;
+	char *a = take_bytes(1), *b = take_bytes(17), *c = take_zeros(3, 7), *e = take_bytes(0);
+
+	CHECK(a != NULL && b != NULL && c != NULL && e != NULL && a != b);
+	CHECK((uintptr_t)a % ALIGN == 0 && (uintptr_t)b % ALIGN == 0 && (uintptr_t)c % ALIGN == 0);
+	CHECK(b >= a + 1 && c >= b + 17);
+	memset(a, 'a', 1);
+	memset(b, 'b', 17);
+	for (int i = 0; i < 21; i++)
+		CHECK(c[i] == 0);
+	memset(c, 'c', 21);
+	CHECK(a[0] == 'a' && b[0] == 'b' && b[16] == 'b');
+	give_bytes(e);
+	give_bytes(c);
+	give_bytes(b);
+	give_bytes(a);
+	give_bytes(NULL);
+	CHECK(arena_used == before);
+	a = take_bytes(100);
+	b = take_bytes(100);
+	give_bytes(a);                             /* not the last one: stays taken */
+	CHECK(arena_used > before && take_bytes(0) != a);
+	arena_used = before;
+}
+
+static void
+test_arena_ends(void)
+{
+	/* What is too large, or would wrap, is refused, and the rest of the place can still be had. */
+	size_t before = arena_used;
+	volatile size_t huge = SIZE_MAX;     /* nothing that the compiler may complain of */
+
+	errno = 0;
+	CHECK(take_bytes(ARENA) == NULL && errno == ENOMEM && take_bytes(huge) == NULL && take_bytes(huge - ALIGN + 1) == NULL);
+	CHECK(take_zeros(huge / 2, 4) == NULL && take_zeros(huge, huge) == NULL && take_zeros(1, huge) == NULL);
+	CHECK(take_zeros(0, 5) != NULL && take_zeros(5, 0) != NULL);
+	arena_used = before;
+	char *all = take_bytes(ARENA - before - ALIGN);
+	CHECK(all != NULL && take_bytes(0) == NULL && take_bytes(1) == NULL);
+	memset(all, 1, ARENA - before - ALIGN);      /* it is really ours */
+	give_bytes(all);
+	CHECK(arena_used == before);
+	size_t n = 0;
+	while (take_bytes(1000) != NULL)
+		n++;
+	CHECK(n > 200 && n < ARENA / 1000);
+	arena_used = before;
+}
+
+static void
+test_arena_realloc(void)
+{
+	/* Growing keeps what was there, NULL is a fresh one, and without room the old one stays as it is. */
+	char *p = take_again(NULL, 10);
+
+	CHECK(p != NULL);
+	memcpy(p, "0123456789", 10);
+	p = take_again(p, 1000);
+	CHECK(p != NULL && memcmp(p, "0123456789", 10) == 0);
+	char *q = take_again(p, 4);
+	CHECK(q != NULL && memcmp(q, "0123", 4) == 0);
+	CHECK(take_again(q, ARENA) == NULL && memcmp(q, "0123", 4) == 0);
+	for (int i = 0; i < 5000; i++) {     /* such as setenv(), which makes its list anew each time */
+		char *text = strdup("a word");
+		CHECK(text != NULL);
+		free(text);
+	}
+}
+#define ARENA_TESTS TEST(arena), TEST(arena_ends), TEST(arena_realloc),
+#else
+#define ARENA_TESTS
+#endif
+
+/* A directory of this test's own, and a path in it. */
+static const char *
+test_path(const char *name)
+{
+	static char directory[64], path[4][128];
+	static unsigned turn;
+
+	if (directory[0] == '\0') {
+		strcpy(directory, "/tmp/tinyauth-unit-XXXXXX");
+		if (mkdtemp(directory) == NULL) {
+			printf("FAILED  %s: no directory: %s\n", test_name, strerror(errno));
+			_exit(STATUS_FAILED);
+		}
+	}
+	char *to = path[turn++ % LENGTH(path)];
+	snprintf(to, sizeof path[0], "%s/%s", directory, name);
+	return to;
+}
+
+/* Everything in that directory, which holds files only. */
+static void
+test_path_remove(void)
+{
+	static const char *const NAMES[] = {"file", "fifo", "link", "state", "state.old", "directory"};
+
+	for (size_t i = 0; i < LENGTH(NAMES); i++)
+		remove(test_path(NAMES[i]));
+	char *end = strrchr((char *)(uintptr_t)test_path("x"), '/');
+	*end = '\0';
+	char *directory = end - strlen("/tmp/tinyauth-unit-XXXXXX");
+	CHECK(rmdir(directory) == 0);
+}
+
+static void
+file_make(const char *path, struct slice text)
+{
+	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+
+	CHECK(fd >= 0 && write(fd, text.p, text.n) == (ssize_t)text.n);
+	close(fd);
+}
+
+static void
+test_files_read(void)
+{
+	/* A file is read whole or not at all, and what is none is said; nothing waits at a FIFO that nobody writes to. */
+	const char *path = test_path("file"), *why;
+	struct file f;
+
+	file_make(path, S("hello\n"));
+	CHECK(file_read(path, 100, &f) == NULL && f.opened && f.n == 6 && memcmp(f.p, "hello\n", 6) == 0);
+	file_forget(&f);
+	CHECK(f.p == NULL);
+	file_forget(&f);                     /* twice is no harm */
+	CHECK(file_read(path, 7, &f) == NULL && f.n == 6);
+	file_forget(&f);
+	why = file_read(path, 6, &f);
+	CHECK(why != NULL && text_is(why, "it is too large") && f.p == NULL);
+	file_make(path, S(""));
+	CHECK(file_read(path, 100, &f) == NULL && f.n == 0 && f.p != NULL);
+	file_forget(&f);
+	why = file_read(test_path("missing"), 100, &f);
+	CHECK(why != NULL && text_is(why, strerror(ENOENT)) && !f.opened && f.p == NULL);
+	CHECK(mkfifo(test_path("fifo"), 0600) == 0 && mkdir(test_path("directory"), 0700) == 0);
+	why = file_read(test_path("fifo"), 100, &f);
+	CHECK(why != NULL && text_is(why, "it is not a regular file") && f.opened && f.p == NULL);
+	why = file_read(test_path("directory"), 100, &f);
+	CHECK(why != NULL && text_is(why, "it is not a regular file") && f.p == NULL);
+	why = file_read("/dev/zero", 100, &f);
+	CHECK(why != NULL && text_is(why, "it is not a regular file"));
+	if (access("/proc/self/status", R_OK) == 0) {   /* says that it is empty, and is not */
+		why = file_read("/proc/self/status", 1000, &f);
+		CHECK(why != NULL && f.p == NULL);
+	}
+	test_path_remove();
+}
+
+static void
+test_ips_read(void)
+{
+	/* Addresses as headers and options write them; anything else is none, and nothing is read past its end. */
+	static const struct { const char *text, *ip; } CASES[] = {
+		{"192.0.2.1", "::ffff:192.0.2.1"}, {"192.0.2.1:80", "::ffff:192.0.2.1"}, {"[192.0.2.1]", "::ffff:192.0.2.1"},
+		{"2001:db8::1", "2001:db8::1"}, {"[2001:db8::1]", "2001:db8::1"}, {"[2001:db8::1]:443", "2001:db8::1"},
+		{"::", "::"}, {"::1", "::1"}, {"::ffff:192.0.2.1", "::ffff:192.0.2.1"}, {"0.0.0.0", "::ffff:0.0.0.0"},
+		{"ABCD::", "abcd::"}, {"fe80::1", "fe80::1"},
+		{"", NULL}, {"unknown", NULL}, {"_hidden", NULL}, {"1.2.3", NULL}, {"1.2.3.4.5", NULL}, {"1.2.3.256", NULL},
+		{"1.2.3.4 ", NULL}, {" 1.2.3.4", NULL}, {":", NULL}, {"[", NULL}, {"[]", NULL}, {"[::1", NULL}, {"::1]", NULL},
+		{":::", NULL}, {"1:2:3:4:5:6:7:8:9", NULL}, {"12345::", NULL}, {"fe80::1%lo", NULL}, {"1.2.3.4,5.6.7.8", NULL},
+		{"localhost", NULL}, {"\"1.2.3.4\"", NULL}, {"1.2.3.4/8", NULL}, {"0x7f.1.1.1", NULL}, {"127.1", NULL},
+		{"1111:2222:3333:4444:5555:6666:7777:8888:9999:aaaa:bbbb", NULL},
+	};
+	unsigned char ip[16], wanted[16], canary[16];
+
+	memset(canary, 0xcc, sizeof canary);
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		struct slice text = slice_of(CASES[i].text);
+		memset(ip, 0xcc, sizeof ip);
+		CHECK_OF(CASES[i].text, ip_read(guarded_end(text), ip) == (CASES[i].ip != NULL));
+		if (CASES[i].ip != NULL)
+			CHECK_OF(CASES[i].text, inet_pton(AF_INET6, CASES[i].ip, wanted) == 1 && memcmp(ip, wanted, 16) == 0);
+		else
+			CHECK_OF(CASES[i].text, memcmp(ip, canary, 16) == 0);
+		ip_read(guarded_begin(text), ip);
+	}
+	CHECK(!ip_read((struct slice){"1.2.3.4\0", 8}, ip) && !ip_read((struct slice){"1.2\0.4", 6}, ip));
+	for (int i = 0; i < 20000; i++) {    /* whatever comes */
+		static const char LETTERS[] = "0123456789abcdef:.[]%/ ,\0";
+		char text[64];
+		size_t n = random_below(sizeof text);
+		for (size_t k = 0; k < n; k++)
+			text[k] = LETTERS[random_below(sizeof LETTERS - 1)];
+		ip_read(guarded_end((struct slice){text, n}), ip);
+	}
+}
+
+static void
+test_trust(void)
+{
+	/* Networks of every width believe their own and nobody else; what is none is refused with a sentence. */
+	static const struct { const char *net, *in, *out; } CASES[] = {
+		{"10.0.0.0/8", "10.255.255.255", "11.0.0.0"}, {"10.0.0.0/8", "10.0.0.0", "9.255.255.255"},
+		{"192.0.2.4/30", "192.0.2.7", "192.0.2.8"}, {"192.0.2.4/30", "192.0.2.4", "192.0.2.3"},
+		{"192.0.2.1", "192.0.2.1", "192.0.2.0"}, {"192.0.2.1/32", "192.0.2.1", "192.0.2.3"},
+		{"128.0.0.0/1", "255.0.0.1", "127.0.0.1"}, {"172.16.0.0/12", "172.31.9.9", "172.32.0.0"},
+		{"0.0.0.0/0", "203.0.113.9", "2001:db8::1"}, {"0.0.0.0/0", "0.0.0.0", "unix"},
+		{"::ffff:10.0.0.0/104", "10.1.2.3", "11.1.2.3"}, {"::ffff:192.0.2.1", "192.0.2.1", "192.0.2.2"},
+		{"fd00::/8", "fdff::1", "fe00::1"}, {"2001:db8::/33", "2001:db8:7fff::1", "2001:db8:8000::1"},
+		{"2001:db8::1", "2001:db8::1", "2001:db8::2"}, {"2001:db8::/127", "2001:db8::1", "2001:db8::2"},
+		{"::1", "::1", "127.0.0.1"}, {"127.0.0.1", "127.0.0.1", "::1"}, {"::/1", "7fff::1", "8000::"},
+		{"unix", "unix", "127.0.0.1"}, {"unix", "unix", "::1"}, {"10.1.2.3/8", "10.9.9.9", "11.0.0.0"},
+		{"::1/128", "::1", "unix"}, {"fd00::/8", "fd00::", "unix"},
+	};
+	static const char *const BAD[] = {"", "10.0.0.0/33", "10.0.0.0/-1", "10.0.0.0/", "10.0.0.0/8/8", "10.0.0.0/x",
+	    "fd00::/129", "fd00::/999999999999999999", "10.0.0/8", "localhost", "unix/8", "unixx", "/8", "10.0.0.0 /8", "*",
+	    "10.0.0.0/ 8", "10.0.0.0/+8", "10.0.0.0/0x8", "10.0.0.0:80/8", "10.0.0.0:80", "[fd00::]:80/8"};
+	struct mistake m;
+	unsigned char ip[16];
+
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		struct config cfg = {.trusts = 0};
+		for (int in = 0; in < 2; in++) {
+			const char *text = in ? CASES[i].in : CASES[i].out;
+			memset(ip, 0, sizeof ip);
+			CHECK_OF(text, text_is(text, "unix") || ip_read(slice_of(text), ip));
+			if (cfg.trusts == 0)
+				CHECK_OF(CASES[i].net, !ip_trusted(&cfg, ip) && config_trust(&cfg, CASES[i].net, &m) && cfg.trusts == 1);
+			CHECK_OF(CASES[i].net, ip_trusted(&cfg, ip) == (in == 1));
+		}
+	}
+	for (size_t i = 0; i < LENGTH(BAD); i++) {
+		struct config cfg = {.trusts = 0};
+		m.text[0] = '\0';
+		CHECK_OF(BAD[i], !config_trust(&cfg, BAD[i], &m) && cfg.trusts == 0 && m.text[0] == '\'');
+	}
+}
+
+static void
+test_trust_bits(void)
+{
+	/* A network of each width up to 128 bits holds what differs behind those bits only. */
+	struct mistake m;
+	unsigned char ip[16];
+	char text[64];
+
+	for (unsigned bits = 0; bits <= 128; bits++) {
+		struct config cfg = {.trusts = 0};
+		snprintf(text, sizeof text, "a5a5:a5a5:a5a5:a5a5:a5a5:a5a5:a5a5:a5a5/%u", bits);
+		CHECK_OF(text, config_trust(&cfg, text, &m) && cfg.trust[0].bits == bits);
+		for (unsigned flipped = 0; flipped < 128; flipped++) {
+			memset(ip, 0xa5, sizeof ip);
+			ip[flipped / 8] ^= (unsigned char)(0x80 >> flipped % 8);
+			CHECK_OF(text, ip_trusted(&cfg, ip) == (flipped >= bits));
+		}
+	}
+	for (unsigned bits = 0; bits <= 32; bits++) {
+		struct config cfg = {.trusts = 0};
+		snprintf(text, sizeof text, "165.165.165.165/%u", bits);
+		CHECK_OF(text, config_trust(&cfg, text, &m));
+		for (unsigned flipped = 0; flipped < 32; flipped++) {
+			CHECK(ip_read(S("165.165.165.165"), ip));
+			ip[12 + flipped / 8] ^= (unsigned char)(0x80 >> flipped % 8);
+			CHECK_OF(text, ip_trusted(&cfg, ip) == (flipped >= bits));
+		}
+	}
+	struct config full = {.trusts = 0};
+	for (int i = 0; i < TRUST_MAX; i++)
+		CHECK(config_trust(&full, "unix", &m));
+	CHECK(!config_trust(&full, "unix", &m) && full.trusts == TRUST_MAX);
+}
+
+static void
+test_users(void)
+{
+	/* A user by number, with a group or alone, or by a name in /etc/passwd; never root, and nothing else. */
+	static const struct { const char *text; uint64_t uid, gid; } GOOD[] = {
+		{"1000", 1000, 1000}, {"1000:50", 1000, 50}, {"65534:65534", 65534, 65534}, {"4294967294", 4294967294, 4294967294},
+		{"1:1", 1, 1}};
+	static const char *const BAD[] = {"0", "0:0", "0:5", "00", "-1", "+1", "", ":", ":5", "5:", "5:x", "5:-1", "5:5:5",
+	    "4294967295", "4294967296", "5:4294967295", "99999999999999999999", "no such user", "1000 ", " 1000", "1000:50 ",
+	    "0x10", "noone-of-this-name"};
+	struct mistake m;
+
+	for (size_t i = 0; i < LENGTH(GOOD); i++) {
+		struct config cfg = {.uid = 7, .gid = 7};
+		CHECK_OF(GOOD[i].text, config_user(&cfg, GOOD[i].text, &m) && cfg.uid == GOOD[i].uid && cfg.gid == GOOD[i].gid);
+	}
+	for (size_t i = 0; i < LENGTH(BAD); i++) {
+		struct config cfg = {.uid = 7, .gid = 7};
+		m.text[0] = '\0';
+		CHECK_OF(BAD[i], !config_user(&cfg, BAD[i], &m) && m.text[0] == '\'');
+	}
+	struct file f;
+	if (file_read("/etc/passwd", KEYS_FILE_MAX, &f) == NULL && slice_holds((struct slice){f.p, f.n}, "\ndaemon:x:1:1:")) {
+		struct config cfg = {.uid = 7};
+		CHECK(config_user(&cfg, "daemon", &m) && cfg.uid == 1 && cfg.gid == 1);
+		CHECK(config_user(&cfg, "daemon:9", &m) && cfg.uid == 1 && cfg.gid == 9);
+		CHECK(!config_user(&cfg, "root", &m) && strstr(m.text, "never run as root") != NULL);
+		CHECK(!config_user(&cfg, "daemo", &m) && !config_user(&cfg, "daemon:x", &m) && !config_user(&cfg, "Daemon", &m));
+	}
+}
+
+/* Every beginning of a PROXY header wants more, all of it says how long it is. */
+static void
+proxy_check(struct slice text, const char *what, const char *client)
+{
+	unsigned char ip[16], wanted[16], zeros[16] = {0};
+	struct out whole = out_new();
+
+	if (client != NULL)
+		CHECK_OF(what, ip_read(slice_of(client), wanted));
+	for (size_t n = 0; n < text.n; n++) {
+		memset(ip, 0, sizeof ip);
+		CHECK_OF(what, proxy_parse(guarded_end((struct slice){text.p, n}), ip) == MORE && memcmp(ip, zeros, 16) == 0);
+	}
+	memset(ip, 0, sizeof ip);
+	CHECK_OF(what, proxy_parse(guarded_end(text), ip) == (int)text.n);
+	CHECK_OF(what, memcmp(ip, client != NULL ? wanted : zeros, 16) == 0);
+	out_slice(&whole, text);
+	out_text(&whole, "GET / HTTP/1.1\r\n\n");
+	CHECK_OF(what, proxy_parse(guarded_end(out_so_far(&whole)), ip) == (int)text.n);
+}
+
+static void
+test_proxy_lines(void)
+{
+	/* PROXY version 1: the client's address, none, or a refusal. */
+	static const struct { const char *text, *client; } GOOD[] = {
+		{"PROXY TCP4 192.0.2.1 198.51.100.1 56324 443\r\n", "192.0.2.1"},
+		{"PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n", "255.255.255.255"},
+		{"PROXY TCP6 2001:db8::1 2001:db8::2 1 2\r\n", "2001:db8::1"},
+		{"PROXY TCP6 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 65535 65535\r\n",
+		    "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"},
+		{"PROXY UNKNOWN\r\n", NULL}, {"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n", NULL},
+	};
+	static const char *const BAD[] = {
+		"PROXY \r\n", "PROXY\r\n", "PROXY  TCP4 1.2.3.4 1.2.3.4 1 2\r\n", "PROXY TCP5 1.2.3.4 1.2.3.4 1 2\r\n",
+		"PROXY tcp4 1.2.3.4 1.2.3.4 1 2\r\n", "PROXY TCP4 1.2.3.4 1.2.3.4 1 2\n", "PROXY TCP4 host 1.2.3.4 1 2\r\n",
+		"PROXY TCP4 1.2.3.256 1.2.3.4 1 2\r\n", "PROXY TCP4  1.2.3.4 1.2.3.4 1 2\r\n", "PROXY TCP4\r\n", "PROXY TCP4 \r\n",
+		"PROXY TCP4 1.2.3.4\r\r\n", "PROXY TCP6 fe80::1%lo fe80::2 1 2\r\n",
+	};
+	static const char *const NONE[] = {"GET / HTTP/1.1\r\n", "PROXYX", "PROXY\tTCP4", "proxy TCP4", "\r\n\r\n\0\r\nQUIT\r", "\x16\x03\x01",
+	    "PUT / HTTP/1.1\r\n", " PROXY ", "\r\n\r\nGET / HTTP/1.1"};
+	unsigned char ip[16];
+
+	for (size_t i = 0; i < LENGTH(GOOD); i++)
+		proxy_check(slice_of(GOOD[i].text), GOOD[i].text, GOOD[i].client);
+	for (size_t i = 0; i < LENGTH(BAD); i++) {
+		int got = proxy_parse(guarded_end(slice_of(BAD[i])), ip);
+		CHECK_OF(BAD[i], got == -1 || (i == 1 && got == PROXY_NONE));
+	}
+	for (size_t i = 0; i < LENGTH(NONE); i++) {
+		struct slice text = i == 4 ? (struct slice){NONE[i], 12} : slice_of(NONE[i]);
+		CHECK_OF(NONE[i], proxy_parse(guarded_end(text), ip) == PROXY_NONE);
+	}
+	struct out o = out_new();
+	out_text(&o, "PROXY UNKNOWN ");
+	while (o.n < 107)
+		out_char(&o, 'x');
+	CHECK(proxy_parse(guarded_end((struct slice){o.p, 106}), ip) == MORE && proxy_parse(guarded_end(out_so_far(&o)), ip) == -1);
+	out_text(&o, "\r\n");
+	CHECK(proxy_parse(guarded_end(out_so_far(&o)), ip) == -1);
+	memcpy(o.p + 105, "\r\n", 2);        /* 107 bytes are the most */
+	CHECK(proxy_parse(guarded_end((struct slice){o.p, 107}), ip) == 107);
+}
+
+static void
+test_proxy_lines_strict(void)
+{
+	/* A version 1 line must be whole: two addresses of the family that it names, and two ports. */
+	static const char *const BAD[] = {
+		"PROXY TCP4 1.2.3.4\r\n", "PROXY TCP4 1.2.3.4 5.6.7.8\r\n", "PROXY TCP4 1.2.3.4 5.6.7.8 1\r\n",
+		"PROXY TCP4 ::1 ::2 1 2\r\n", "PROXY TCP6 1.2.3.4 5.6.7.8 1 2\r\n", "PROXY TCP4 1.2.3.4:80 5.6.7.8 1 2\r\n",
+		"PROXY TCP6 [::1] [::2] 1 2\r\n", "PROXY TCP4 1.2.3.4 5.6.7.8 1 2 3\r\n", "PROXY TCP4 1.2.3.4 x 1 2\r\n",
+		"PROXY TCP4 1.2.3.4 5.6.7.8 x y\r\n", "PROXY TCP4 1.2.3.4 5.6.7.8 1 65536\r\n", "PROXY UNKNOWNX\r\n",
+	};
+	unsigned char ip[16];
+
+	for (size_t i = 0; i < LENGTH(BAD); i++)
+		CHECK_OF(BAD[i], proxy_parse(guarded_end(slice_of(BAD[i])), ip) == -1);
+}
+
+/* A version 2 header: command, family, addresses and `more` bytes behind them. */
+static struct slice
+proxy_block_make(unsigned version_command, unsigned family, struct slice addresses, size_t more)
+{
+	struct out o = out_new();
+	size_t n = addresses.n + more;
+	char head[4] = {(char)version_command, (char)family, (char)(n >> 8), (char)n};
+
+	out_bytes(&o, "\r\n\r\n\0\r\nQUIT\n", 12);
+	out_bytes(&o, head, 4);
+	out_slice(&o, addresses);
+	out_repeat(&o, "\x04", more);        /* a TLV that means nothing */
+	return out_so_far(&o);
+}
+
+static void
+test_proxy_blocks(void)
+{
+	/* PROXY version 2: addresses of both families with TLVs behind them, LOCAL, unix and unspecified ones; what is cut,
+	 * broken or too long is refused. */
+	static const char V4[] = "\xc0\0\2\1\xc6\x33\x64\1\xdb\4\1\xbb", V6[36] = "\x20\1\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\7";
+	static char unix_addresses[216];
+	struct slice v4 = {V4, 12}, v6 = {V6, 36}, un = {unix_addresses, 216};
+	unsigned char ip[16];
+
+	for (size_t more = 0; more < 40; more += 13) {
+		proxy_check(proxy_block_make(0x21, 0x11, v4, more), "v4", "192.0.2.1");
+		proxy_check(proxy_block_make(0x21, 0x21, v6, more), "v6", "2001:db8::7");
+		proxy_check(proxy_block_make(0x20, 0x11, v4, more), "v4 local", NULL);
+		proxy_check(proxy_block_make(0x20, 0x21, v6, more), "v6 local", NULL);
+		proxy_check(proxy_block_make(0x21, 0x31, un, more), "unix", NULL);
+		proxy_check(proxy_block_make(0x21, 0x00, S(""), more), "unspecified", NULL);
+		proxy_check(proxy_block_make(0x20, 0x00, S(""), more), "local", NULL);
+		proxy_check(proxy_block_make(0x21, 0x12, v4, more), "udp", NULL);
+	}
+	proxy_check(proxy_block_make(0x21, 0x11, v4, PROXY_HEAD_MAX - 16 - 12), "the longest", "192.0.2.1");
+	struct slice text = proxy_block_make(0x21, 0x11, v4, PROXY_HEAD_MAX - 16 - 11);
+	CHECK(proxy_parse(guarded_end(text), ip) == -1 && proxy_parse(guarded_end((struct slice){text.p, 16}), ip) == -1);
+	text = proxy_block_make(0x21, 0x11, v4, 0xfff0);
+	CHECK(proxy_parse(guarded_end((struct slice){text.p, 16}), ip) == -1);
+	for (size_t n = 0; n < 12; n++)
+		CHECK(proxy_parse(guarded_end(proxy_block_make(0x21, 0x11, (struct slice){V4, n}, 0)), ip) == -1);
+	for (size_t n = 0; n < 36; n++)
+		CHECK(proxy_parse(guarded_end(proxy_block_make(0x21, 0x21, (struct slice){V6, n}, 0)), ip) == -1);
+	for (unsigned command = 0; command < 256; command++)
+		if (command != 0x20 && command != 0x21)
+			CHECK(proxy_parse(guarded_end(proxy_block_make(command, 0x11, v4, 0)), ip) == -1);
+}
+
+static void
+test_forwarded_for(void)
+{
+	/* The client is the last one in X-Forwarded-For that is no trusted peer; what stands before it is only a claim. */
+	static const struct { const char *fields, *client; } CASES[] = {
+		{"", NULL}, {"X-Forwarded-For: 192.0.2.1\r\n", "192.0.2.1"}, {"x-forwarded-for:192.0.2.1\r\n", "192.0.2.1"},
+		{"X-Forwarded-For: 203.0.113.9, 192.0.2.1\r\n", "192.0.2.1"},
+		{"X-Forwarded-For: 203.0.113.9 ,\t192.0.2.1 , 10.0.0.2\r\n", "192.0.2.1"},
+		{"X-Forwarded-For: 192.0.2.1, 10.0.0.3, 10.0.0.2\r\n", "192.0.2.1"},
+		{"X-Forwarded-For: 203.0.113.9\r\nA: b\r\nX-Forwarded-For: 192.0.2.1\r\n", "192.0.2.1"},
+		{"X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-For: 10.0.0.2\r\n", "192.0.2.1"},
+		{"X-Forwarded-For: 192.0.2.1, 203.0.113.9\r\nX-Forwarded-For: 10.0.0.2, 10.0.0.3\r\n", "203.0.113.9"},
+		{"X-Forwarded-For: 192.0.2.1:4711\r\n", "192.0.2.1"}, {"X-Forwarded-For: [2001:db8::1]:80\r\n", "2001:db8::1"},
+		{"X-Forwarded-For: 2001:db8::1\r\n", "2001:db8::1"},
+		{"X-Forwarded-For: 10.0.0.3, 10.0.0.2\r\n", "10.0.0.3"}, {"X-Forwarded-For: 10.0.0.2\r\n", "10.0.0.2"},
+		{"X-Forwarded-For: unknown\r\n", NULL}, {"X-Forwarded-For: \r\n", NULL}, {"X-Forwarded-For: ,\r\n", NULL},
+		{"X-Forwarded-For: 192.0.2.1, unknown, 10.0.0.2\r\n", "10.0.0.2"},
+		{"X-Forwarded-For: 192.0.2.1, unknown\r\n", NULL}, {"X-Forwarded-For: 192.0.2.1,\r\n", NULL},
+		{"X-Forwarded-For: 192.0.2.1, , 10.0.0.2\r\n", "10.0.0.2"},
+		{"X-Forwarded-For: unix\r\n", NULL}, {"Forwarded: for=192.0.2.1\r\n", NULL}, {"X-Real-IP: 192.0.2.1\r\n", NULL},
+		{"X-Forwarded-For: ::ffff:192.0.2.1\r\n", "192.0.2.1"}, {"X-Forwarded-For: 192.0.2.1 203.0.113.9\r\n", NULL},
+	};
+	struct config cfg = {.trusts = 0};
+	struct mistake m;
+	unsigned char ip[16], wanted[16];
+
+	CHECK(config_trust(&cfg, "10.0.0.0/8", &m));
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		struct out o = out_new();
+		out_print(&o, "GET / HTTP/1.1\r\nHost: a\r\n%s\r\n", CASES[i].fields);
+		bool found = head_forwarded_for(head_of(out_so_far(&o)), &cfg, ip);
+		CHECK_OF(CASES[i].fields, found == (CASES[i].client != NULL));
+		if (found && CASES[i].client != NULL)
+			CHECK_OF(CASES[i].fields, ip_read(slice_of(CASES[i].client), wanted) && memcmp(ip, wanted, 16) == 0);
+	}
+	CHECK(head_forwarded_https(head_of(S("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: https\r\n\r\n"))));
+	CHECK(!head_forwarded_https(head_of(S("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: http\r\n\r\n"))));
+	CHECK(!head_forwarded_https(head_of(S("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-Scheme: https\r\n\r\n"))));
+}
+
+static struct sessions *
+sessions_fresh(void)
+{
+	int fd;
+	struct sessions *t = sessions_new(&fd);
+
+	close(fd);
+	sessions_begin(t, 5);
+	return t;
+}
+
+static void
+session_make(uint64_t word[SESSION_WORDS])
+{
+	for (size_t i = 0; i < SESSION_WORDS; i++)
+		word[i] = random_next();
+}
+
+/* Is it found, and is it what was kept? */
+static bool
+session_found(struct sessions *t, uint64_t epoch, const uint64_t kept[SESSION_WORDS], uint64_t now_ms)
+{
+	uint64_t word[SESSION_WORDS] = {0};
+
+	memcpy(word, kept, SESSION_ID_WORDS * sizeof *word);
+	bool found = sessions_get(t, epoch, word, now_ms);
+	for (size_t i = SESSION_ID_WORDS; i < SESSION_WORDS; i++)
+		CHECK(word[i] == (found ? kept[i] : 0));
+	return found;
+}
+
+static struct session_slot *
+session_slot_of(struct sessions *t, const uint64_t kept[SESSION_WORDS])
+{
+	struct session_slot *set = session_set(t, kept);
+
+	for (size_t i = 0; i < SESSION_WAYS; i++)
+		if (set[i].word[0] == kept[0])
+			return &set[i];
+	return NULL;
+}
+
+static void
+test_sessions(void)
+{
+	/* A TLS session is found by its id for an hour, under the key that it was made with, and by nobody else. */
+	enum { MANY = 500 };
+	struct sessions *t = sessions_fresh();
+	static uint64_t kept[MANY][SESSION_WORDS];
+	const uint64_t now = 10000000;
+
+	session_make(kept[0]);
+	CHECK(!session_found(t, 5, kept[0], now));
+	sessions_put(t, 5, kept[0], now);
+	CHECK(session_found(t, 5, kept[0], now) && session_found(t, 5, kept[0], now + SESSION_MS - 1));
+	CHECK(!session_found(t, 5, kept[0], now + SESSION_MS) && !session_found(t, 5, kept[0], now - 1));
+	CHECK(!session_found(t, 6, kept[0], now) && !session_found(t, 0, kept[0], now));
+	for (size_t i = 0; i < SESSION_ID_WORDS; i++) {
+		uint64_t other[SESSION_WORDS];
+		memcpy(other, kept[0], sizeof other);
+		other[i] ^= 1;
+		CHECK(!session_found(t, 5, other, now));
+	}
+	for (size_t i = 1; i < MANY; i++) {
+		session_make(kept[i]);
+		sessions_put(t, 5, kept[i], now + i);
+	}
+	for (size_t i = 0; i < MANY; i++)
+		CHECK(session_found(t, 5, kept[i], now + MANY));
+	sessions_begin(t, 5);                /* the same key again: a reload */
+	CHECK(session_found(t, 5, kept[7], now + MANY));
+	sessions_begin(t, 6);
+	CHECK(session_slot_of(t, kept[7]) == NULL);
+	for (size_t i = 0; i < MANY; i++)
+		CHECK(!session_found(t, 5, kept[i], now + MANY) && !session_found(t, 6, kept[i], now + MANY));
+}
+
+static void
+test_sessions_torn(void)
+{
+	/* A slot that two writers tore, or anybody changed, holds nothing. */
+	struct sessions *t = sessions_fresh();
+	uint64_t kept[SESSION_WORDS];
+
+	session_make(kept);
+	sessions_put(t, 5, kept, 1000);
+	struct session_slot *slot = session_slot_of(t, kept);
+	CHECK(slot != NULL);
+	for (size_t i = 0; slot != NULL && i < SESSION_WORDS; i++)
+		for (int bit = 0; bit < 64; bit += 7) {
+			slot->word[i] ^= 1ull << bit;
+			CHECK(!session_found(t, 5, kept, 1000));
+			slot->word[i] ^= 1ull << bit;
+		}
+	CHECK(session_found(t, 5, kept, 1000));
+	slot->seal ^= 1;
+	CHECK(!session_found(t, 5, kept, 1000));
+	slot->seal ^= 1;
+	slot->born_ms += 1;
+	CHECK(!session_found(t, 5, kept, 2000));
+	slot->born_ms = 0;
+	CHECK(!session_found(t, 5, kept, 2000));
+}
+
+static void
+test_sessions_evict(void)
+{
+	/* A full set gives up its oldest session. */
+	struct sessions *t = sessions_fresh();
+	static uint64_t kept[SESSION_WAYS + 1][SESSION_WORDS];
+
+	session_make(kept[0]);
+	for (size_t i = 1; i <= SESSION_WAYS; i++)
+		do
+			session_make(kept[i]);
+		while (session_set(t, kept[i]) != session_set(t, kept[0]));
+	for (size_t i = 0; i < SESSION_WAYS; i++)
+		sessions_put(t, 5, kept[i], 1000 + (i == 3 ? 0 : i + 1));
+	for (size_t i = 0; i < SESSION_WAYS; i++)
+		CHECK(session_found(t, 5, kept[i], 2000));
+	sessions_put(t, 5, kept[SESSION_WAYS], 1500);
+	for (size_t i = 0; i <= SESSION_WAYS; i++)
+		CHECK(session_found(t, 5, kept[i], 2000) == (i != 3));
+}
+
+static void
+test_dates(void)
+{
+	/* Every day from 1970 to 2400: what is written reads back, one day after the other. */
+	static const uint64_t DAYS[] = {31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31};
+	uint64_t second = 0;
+	char date[24], wanted[64];
+
+	for (uint64_t year = 1970; year < 2400; year++)
+		for (uint64_t month = 1; month <= 12; month++) {
+			bool leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+			for (uint64_t day = 1; day <= DAYS[month - 1] + (month == 2 && leap); day++, second += 86400) {
+				CHECK(date_seconds(year, month, day) == second);
+				date_write(date, second + 86399);
+				snprintf(wanted, sizeof wanted, "%04d-%02d-%02dT23:59:59", (int)year, (int)month, (int)day);
+				CHECK_OF(wanted, text_is(date, wanted));
+			}
+		}
+	date_write(date, date_seconds(9999, 12, 31) + 43200);
+	CHECK_OF(date, text_is(date, "9999-12-31T12:00:00"));
+}
+
+static void
+test_der_times(void)
+{
+	/* Times of a certificate in both forms [RFC 5280 4.1.2.5]; what is no time is none. */
+	static const struct { int tag; const char *text; uint64_t seconds; } CASES[] = {
+		{DER_UTC, "700101000000Z", 0}, {DER_UTC, "261125022932Z", 1795573772}, {DER_UTC, "491231235959Z", 2524607999},
+		{DER_TIME, "21261101022932Z", 4949173772}, {DER_TIME, "19700101000001Z", 1}, {DER_TIME, "20000229120000Z", 951825600},
+	};
+	static const struct { int tag; const char *text; } BAD[] = {
+		{DER_UTC, "500101000000Z"}, {DER_UTC, "261125022932"}, {DER_UTC, "261125022932+0100"}, {DER_UTC, "26112502293Z"},
+		{DER_UTC, "261325022932Z"}, {DER_UTC, "260025022932Z"}, {DER_UTC, "261100022932Z"}, {DER_UTC, "261132022932Z"},
+		{DER_UTC, "2611x5022932Z"}, {DER_UTC, ""}, {DER_TIME, "261125022932Z"}, {DER_TIME, "20261125022932.5Z"},
+		{DER_TIME, "19691231235959Z"}, {DER_TIME, "00000101000000Z"}, {DER_SEQUENCE, "261125022932Z"}, {0, ""},
+	};
+	uint64_t seconds;
+
+	for (size_t i = 0; i < LENGTH(CASES); i++)
+		CHECK_OF(CASES[i].text, der_time(CASES[i].tag, guarded_end(slice_of(CASES[i].text)), &seconds) &&
+		    seconds == CASES[i].seconds);
+	for (size_t i = 0; i < LENGTH(BAD); i++)
+		CHECK_OF(BAD[i].text, !der_time(BAD[i].tag, guarded_end(slice_of(BAD[i].text)), &seconds));
+}
+
+static void
+test_der_elements(void)
+{
+	/* An element is taken with its content, whatever form its length has; one that claims more than is there is none. */
+	static const struct { const char *bytes; size_t n; int tag; size_t content, rest; } CASES[] = {
+		{"\x02\x01\x05", 3, 2, 1, 0}, {"\x30\x00", 2, 0x30, 0, 0}, {"\x04\x02" "ab\x05\x00", 6, 4, 2, 2},
+		{"\x04\x81\x02" "ab", 5, 4, 2, 0}, {"\x04\x82\x00\x02" "abc", 7, 4, 2, 1}, {"\x04\x83\x00\x00\x01" "a", 6, 4, 1, 0},
+		{"", 0, 0, 0, 0}, {"\x02", 1, 0, 0, 1}, {"\x02\x01", 2, 0, 0, 2}, {"\x02\x02\x05", 3, 0, 0, 3},
+		{"\x00\x00", 2, 0, 0, 2}, {"\x30\x80\x00\x00", 4, 0, 0, 4}, {"\x04\x84\x00\x00\x00\x01" "a", 7, 0, 0, 7},
+		{"\x04\x81", 2, 0, 0, 2}, {"\x04\x82\x01", 3, 0, 0, 3}, {"\x04\x83\xff\xff\xff", 5, 0, 0, 5}, {"\x04\xff", 2, 0, 0, 2},
+		{"\x04\x82\xff\xff" "a", 5, 0, 0, 5},
+	};
+
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		struct slice in = guarded_end((struct slice){CASES[i].bytes, CASES[i].n}), content = {"", 0};
+		CHECK_OF(CASES[i].bytes, der_next(&in, &content) == CASES[i].tag && content.n == CASES[i].content && in.n == CASES[i].rest);
+	}
+	for (int i = 0; i < 100000; i++) {   /* whatever comes: all of it lies within */
+		char bytes[24];
+		size_t n = random_below(sizeof bytes);
+		for (size_t k = 0; k < n; k++)
+			bytes[k] = (char)(random_below(3) ? random_next() >> 56 : 0x81 + random_below(4));
+		struct slice in = guarded_end((struct slice){bytes, n}), from = in, content;
+		while (der_next(&in, &content) != 0)
+			CHECK(content.p >= from.p && content.p + content.n <= from.p + from.n && in.p + in.n == from.p + from.n);
+	}
+}
+
+/* A key on P-256 that nobody uses, in both forms; one on P-384; an RSA key in both forms; a certificate for the first. */
+static const char PEM_EC_SEC1[] =
+	"-----BEGIN EC PRIVATE KEY-----\n"
+	"MHcCAQEEIHVj+7/1Tk6pdMUvYxr2PateFTMA1fVmmVXx6Wr1GfKEoAoGCCqGSM49\n"
+	"AwEHoUQDQgAEzsWk/L6JmiB/qRFK0XHMzzVoIXcAYrotULXsMhJyrlXdMXsRKkjT\n"
+	"3kRRIAkOO+z+S6di5Ac2gGnfXfdrk+mwjA==\n"
+	"-----END EC PRIVATE KEY-----\n";
+
+static const char PEM_EC_PKCS8[] =
+	"-----BEGIN PRIVATE KEY-----\n"
+	"MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgdWP7v/VOTql0xS9j\n"
+	"GvY9q14VMwDV9WaZVfHpavUZ8oShRANCAATOxaT8vomaIH+pEUrRcczPNWghdwBi\n"
+	"ui1QtewyEnKuVd0xexEqSNPeRFEgCQ477P5Lp2LkBzaAad9d92uT6bCM\n"
+	"-----END PRIVATE KEY-----\n";
+
+static const char PEM_EC_384[] =
+	"-----BEGIN EC PRIVATE KEY-----\n"
+	"MIGkAgEBBDCRN2vLjvtrSjndSVE+XnEOxNXsf0clsVj+2eb0BtnOeGmUyfOUqTV4\n"
+	"WV8uAhAPrySgBwYFK4EEACKhZANiAAR2F1TwhGHXDu+hnZl+NfbsM5CZyO2KormS\n"
+	"cXxl/ag387xRDpPrUWZWCdWDusLiKl4/6a1uU15feWCm2yjXKCe/v41sI0lOW8a8\n"
+	"2yr+d+4qbsjLxYwIWzLgupIIIqeh/1w=\n"
+	"-----END EC PRIVATE KEY-----\n";
+
+static const char PEM_RSA_PKCS1[] =
+	"-----BEGIN RSA PRIVATE KEY-----\n"
+	"MIIEpQIBAAKCAQEAzxmR+vS3ABuGH70/rAdBI+naM8KfybtzfCcIaJVSjWXoJvWf\n"
+	"7FCC1yG3Wr0OwkWFUpmjnZO+5CvumSeum4b+jvi9Y/meLIB6EG0JmCTOzDc0v9Ry\n"
+	"6xNIpf1LA14GSRWIjpYgWqpY1OLu1kzPA54NLvDeNG1L8VKk+qzyba5L6ehxiG55\n"
+	"S6URIdk97QkKwp49gLCIMFgxrm67xpZv8YL98UIFtpYcdYjnYIioFsiHtfTtGbpa\n"
+	"g0dKWTuhYimSZ8S3ax5O5dq/He6J5wsNyNyJxJ62JOQ6uWjtwe+fMkAOTw8qzq+w\n"
+	"TrrShF2dcPKNs5QZt/vEcU5/FcbhW/ChcxrgdwIDAQABAoIBAGOcznjxbPZJxt0M\n"
+	"V4xknuHp0PD1i4rqNVWBpss7C46EdkILAeWWIiDdEEa+SdOKweJlkOuxzW8NbIHR\n"
+	"MuyO5XEaVmo4feq0z0GIWMWL6sYSRbaBNtc4GsjwSLzxZD+R8nF251AEwJ6BGtUL\n"
+	"88SvKHMsGw0HhzAnisAiIKc93zi9naDNUK/4qi9vDdDuSS47R6ABf8k/wl/ryvrn\n"
+	"baTMFN7P2hIGAlESRTfAoFXN9jWy1yjmLbRzNdX4LUyp7FPVxH98+lIlN0HEtQXN\n"
+	"JV+5wGq9CZ3s08owZS9U6JF5xDgwfY3HTujAdu05qe+lYCAVkx/AEA/rSDG+aCib\n"
+	"Cr6nNdECgYEA9koUMVqhEyQt1k5uQmZSaXFgIPzraqUXA5f7oH+RfJuVBcsnztxu\n"
+	"VzQdyObfH/jI3rFi45vlC68P9WcC1CGeU0DAQ0KLTCL0YUXyhvVGeBVdPWkc3Z/M\n"
+	"nhs/o8M3w6S4GX4jjp39iSnFytP/1s1RJb2VP9aeqsORz/UbOJ0pgScCgYEA10Pu\n"
+	"sAdBtCkRNLEVYyNRfGW/L5XCiDjD000XpyAqUMqJrXRAegEIrZBanM0VKHH5PTdU\n"
+	"5bdiWy0/Ez9MZri05BaayyBV7j5rerXDShO45D0QbMZ+wBv8CmVZAliFlWzglfGN\n"
+	"DDrL5i8/46gsUNhNvHzNAC83Z0tFXz4+CTL2mDECgYEA03uK2VJcK8aOQY55aTTZ\n"
+	"oUdEZy8mqx11pJVV8Vx5PgmOrjnjReLMML9EsCVnBNopCehB5PYReLXrOysoJ6Vy\n"
+	"gUSBk3/Jgygktn5MogxtZWHa/YeLzNaR6lW1kNZpxOplVyaUO7t4YNZozCC8d+M3\n"
+	"wfOH/Bg7iKCETZDHvhZd9FMCgYEAwPPrZ22Zv1twSMLSYOKvj8nD7WtXy7LWFPjt\n"
+	"UqjKRVDGx+uEP9fdZ3YVQqexZ2eB+RU3zBDs4L1V5HLAkPLPcgOxDJIXdE4PGRcD\n"
+	"zcqP2EXECzyBMMHk0Yy2lBu04ZOOW9kAjQ3G5rVDl1SPJIg+Zc2YE6o/Bx+5Nv4b\n"
+	"rTM5RoECgYEA4oya4eOpJ1tcU6fGKIfPQvkut2tStnKogpBC/z24JGEY8b5PSYUr\n"
+	"9lupNwoz6qm8hkPSpSRY5U50PkBZqFnViWh6Dc4d3qTTGYtKR+OIu10D2UtU2t/l\n"
+	"FdTnJW3d2PAemdb9F8OeK3ZTyBwJhH1lcK+KYiq3tlyiwyx/zswRmkI=\n"
+	"-----END RSA PRIVATE KEY-----\n";
+
+static const char PEM_RSA_PKCS8[] =
+	"-----BEGIN PRIVATE KEY-----\n"
+	"MIIEvwIBADANBgkqhkiG9w0BAQEFAASCBKkwggSlAgEAAoIBAQDPGZH69LcAG4Yf\n"
+	"vT+sB0Ej6dozwp/Ju3N8JwholVKNZegm9Z/sUILXIbdavQ7CRYVSmaOdk77kK+6Z\n"
+	"J66bhv6O+L1j+Z4sgHoQbQmYJM7MNzS/1HLrE0il/UsDXgZJFYiOliBaqljU4u7W\n"
+	"TM8Dng0u8N40bUvxUqT6rPJtrkvp6HGIbnlLpREh2T3tCQrCnj2AsIgwWDGubrvG\n"
+	"lm/xgv3xQgW2lhx1iOdgiKgWyIe19O0ZulqDR0pZO6FiKZJnxLdrHk7l2r8d7onn\n"
+	"Cw3I3InEnrYk5Dq5aO3B758yQA5PDyrOr7BOutKEXZ1w8o2zlBm3+8RxTn8VxuFb\n"
+	"8KFzGuB3AgMBAAECggEAY5zOePFs9knG3QxXjGSe4enQ8PWLiuo1VYGmyzsLjoR2\n"
+	"QgsB5ZYiIN0QRr5J04rB4mWQ67HNbw1sgdEy7I7lcRpWajh96rTPQYhYxYvqxhJF\n"
+	"toE21zgayPBIvPFkP5HycXbnUATAnoEa1QvzxK8ocywbDQeHMCeKwCIgpz3fOL2d\n"
+	"oM1Qr/iqL28N0O5JLjtHoAF/yT/CX+vK+udtpMwU3s/aEgYCURJFN8CgVc32NbLX\n"
+	"KOYttHM11fgtTKnsU9XEf3z6UiU3QcS1Bc0lX7nAar0JnezTyjBlL1TokXnEODB9\n"
+	"jcdO6MB27Tmp76VgIBWTH8AQD+tIMb5oKJsKvqc10QKBgQD2ShQxWqETJC3WTm5C\n"
+	"ZlJpcWAg/OtqpRcDl/ugf5F8m5UFyyfO3G5XNB3I5t8f+MjesWLjm+ULrw/1ZwLU\n"
+	"IZ5TQMBDQotMIvRhRfKG9UZ4FV09aRzdn8yeGz+jwzfDpLgZfiOOnf2JKcXK0//W\n"
+	"zVElvZU/1p6qw5HP9Rs4nSmBJwKBgQDXQ+6wB0G0KRE0sRVjI1F8Zb8vlcKIOMPT\n"
+	"TRenICpQyomtdEB6AQitkFqczRUocfk9N1Tlt2JbLT8TP0xmuLTkFprLIFXuPmt6\n"
+	"tcNKE7jkPRBsxn7AG/wKZVkCWIWVbOCV8Y0MOsvmLz/jqCxQ2E28fM0ALzdnS0Vf\n"
+	"Pj4JMvaYMQKBgQDTe4rZUlwrxo5BjnlpNNmhR0RnLyarHXWklVXxXHk+CY6uOeNF\n"
+	"4swwv0SwJWcE2ikJ6EHk9hF4tes7KygnpXKBRIGTf8mDKCS2fkyiDG1lYdr9h4vM\n"
+	"1pHqVbWQ1mnE6mVXJpQ7u3hg1mjMILx34zfB84f8GDuIoIRNkMe+Fl30UwKBgQDA\n"
+	"8+tnbZm/W3BIwtJg4q+PycPta1fLstYU+O1SqMpFUMbH64Q/191ndhVCp7FnZ4H5\n"
+	"FTfMEOzgvVXkcsCQ8s9yA7EMkhd0Tg8ZFwPNyo/YRcQLPIEwweTRjLaUG7Thk45b\n"
+	"2QCNDcbmtUOXVI8kiD5lzZgTqj8HH7k2/hutMzlGgQKBgQDijJrh46knW1xTp8Yo\n"
+	"h89C+S63a1K2cqiCkEL/PbgkYRjxvk9JhSv2W6k3CjPqqbyGQ9KlJFjlTnQ+QFmo\n"
+	"WdWJaHoNzh3epNMZi0pH44i7XQPZS1Ta3+UV1Oclbd3Y8B6Z1v0Xw54rdlPIHAmE\n"
+	"fWVwr4piKre2XKLDLH/OzBGaQg==\n"
+	"-----END PRIVATE KEY-----\n";
+
+static const char PEM_CERTIFICATE[] =
+	"-----BEGIN CERTIFICATE-----\n"
+	"MIIB+DCCAZ2gAwIBAgIULgRwzTmSo6+aOsBjrGdg9FKGO9MwCgYIKoZIzj0EAwIw\n"
+	"NDELMAkGA1UEBhMCREUxEDAOBgNVBAoMB0V4YW1wbGUxEzARBgNVBAMMCm1vZGVs\n"
+	"LnRlc3QwIBcNMjYxMTI1MDIyOTMyWhgPMjEyNjExMDEwMjI5MzJaMDQxCzAJBgNV\n"
+	"BAYTAkRFMRAwDgYDVQQKDAdFeGFtcGxlMRMwEQYDVQQDDAptb2RlbC50ZXN0MFkw\n"
+	"EwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEzsWk/L6JmiB/qRFK0XHMzzVoIXcAYrot\n"
+	"ULXsMhJyrlXdMXsRKkjT3kRRIAkOO+z+S6di5Ac2gGnfXfdrk+mwjKOBijCBhzAd\n"
+	"BgNVHQ4EFgQUM3DqTv+NA1U1KCTu28ws4TH10FowHwYDVR0jBBgwFoAUM3DqTv+N\n"
+	"A1U1KCTu28ws4TH10FowDwYDVR0TAQH/BAUwAwEB/zA0BgNVHREELTArggptb2Rl\n"
+	"bC50ZXN0hwTAAAIHhxAgAQ24AAAAAAAAAAAAAAAHgQVhQGIuYzAKBggqhkjOPQQD\n"
+	"AgNJADBGAiEAnydyZYu5GVMzvVrPFpkUl4Eh0BY0RgaFQoexldHUAYkCIQCETd2m\n"
+	"ICih+YRXe3HVlBbaMkKUKc+4TyMTbUq4SHQhRw==\n"
+	"-----END CERTIFICATE-----\n";
+
+/* The one object in a PEM text, decoded; `label`, when asked for, gets its name. */
+static struct slice
+pem_of(const char *pem, struct slice *label)
+{
+	static char place[8][4096];
+	static unsigned turn;
+	char *p = strcpy(place[turn++ % LENGTH(place)], pem);
+	struct slice text = {p, strlen(p)}, der = {"", 0}, name;
+
+	CHECK_OF(pem, pem_next(&text, label != NULL ? label : &name, &der) == 1);
+	CHECK_OF(pem, pem_next(&text, &name, &name) == 0);
+	return der;
+}
+
+static struct tls_pair *
+pair_blank(void)
+{
+	return map_new(sizeof(struct tls_pair), MAP_PRIVATE);
+}
+
+static void
+test_keys_in_der(void)
+{
+	/* Private keys of each kind are read in their forms, and both forms are the same key. */
+	static const struct { const char *pem, *label; int curve; unsigned bits; } CASES[] = {
+		{PEM_EC_SEC1, "EC PRIVATE KEY", BR_EC_secp256r1, 0}, {PEM_EC_PKCS8, "PRIVATE KEY", BR_EC_secp256r1, 0},
+		{PEM_EC_384, "EC PRIVATE KEY", BR_EC_secp384r1, 0}, {PEM_RSA_PKCS1, "RSA PRIVATE KEY", 0, 2048},
+		{PEM_RSA_PKCS8, "PRIVATE KEY", 0, 2048}};
+	struct tls_pair *t[LENGTH(CASES)];
+
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		struct slice label, der = pem_of(CASES[i].pem, &label);
+		t[i] = pair_blank();
+		CHECK_OF(CASES[i].label, slice_is(label, CASES[i].label) && key_read(t[i], der));
+		CHECK_OF(CASES[i].label, t[i]->ec.curve == CASES[i].curve && t[i]->rsa.n_bitlen == CASES[i].bits);
+	}
+	CHECK(t[0]->ec.xlen == 32 && t[1]->ec.xlen == 32 && memcmp(t[0]->ec.x, t[1]->ec.x, 32) == 0 && t[2]->ec.xlen == 48);
+	CHECK(t[3]->rsa.plen == 128 && t[4]->rsa.plen == 128 && memcmp(t[3]->rsa.p, t[4]->rsa.p, 128) == 0);
+	CHECK(t[3]->rsa.iqlen == t[4]->rsa.iqlen && memcmp(t[3]->rsa.iq, t[4]->rsa.iq, t[3]->rsa.iqlen) == 0);
+}
+
+static void
+test_keys_in_der_broken(void)
+{
+	/* A key that is cut anywhere is none; one with a changed byte is one or none, and nothing outside of it is read. */
+	static const char *const PEMS[] = {PEM_EC_SEC1, PEM_EC_PKCS8, PEM_EC_384, PEM_RSA_PKCS1, PEM_RSA_PKCS8};
+	static const unsigned char VALUES[] = {0, 1, 2, 0x30, 0x7f, 0x80, 0x81, 0x82, 0x83, 0x84, 0xff};
+
+	for (size_t i = 0; i < LENGTH(PEMS); i++) {
+		struct slice der = pem_of(PEMS[i], NULL);
+		for (size_t n = 0; n < der.n; n++) {
+			struct tls_pair t = {.n = 0};
+			CHECK_OF(PEMS[i], !key_read(&t, guarded_end((struct slice){der.p, n})));
+		}
+		for (size_t at = 0; at < der.n; at++)
+			for (size_t v = 0; v < LENGTH(VALUES); v++) {
+				struct slice changed = guarded_end(der);
+				static struct tls_pair t;
+				memset(&t, 0, offsetof(struct tls_pair, der));
+				((char *)(uintptr_t)changed.p)[at] = (char)VALUES[v];
+				if (!key_read(&t, changed))
+					continue;
+				const char *from = changed.p, *end = changed.p + changed.n;
+				if (t.ec.curve != 0)
+					CHECK_OF(PEMS[i], (char *)t.ec.x >= from && (char *)t.ec.x + t.ec.xlen <= end);
+				else
+					CHECK_OF(PEMS[i], (char *)t.rsa.p >= from && (char *)t.rsa.iq + t.rsa.iqlen <= end &&
+					    t.rsa.n_bitlen > 0 && t.rsa.n_bitlen <= TLS_RSA_MAX * 8);
+			}
+	}
+}
+
+static void
+test_certificate_in_der(void)
+{
+	/* What we have to know of a certificate is found; one that is cut anywhere is none, a changed one reads nothing outside. */
+	struct tls_pair *t = pair_blank();
+	struct mistake m;
+	struct slice der = pem_of(PEM_CERTIFICATE, NULL), key = pem_of(PEM_EC_PKCS8, NULL), other = pem_of(PEM_EC_384, NULL);
+
+	CHECK(cert_read(t, der) && t->public.n == 65);
+	CHECK_OF(t->subject, text_is(t->subject, "C=DE, O=Example, CN=model.test"));
+	CHECK_OF(t->names, text_is(t->names, "model.test 192.0.2.7 2001:db8::7"));
+	CHECK(t->from_s == 1795573772 && t->until_s == 4949173772);
+	CHECK(key_read(t, key) && pair_matches(t, "file", &m) && t->epoch != 0);
+	t->ec.curve = 0;
+	CHECK(key_read(t, other) && !pair_matches(t, "file", &m));
+	CHECK_OF(m.text, text_is(m.text, "file: the key is not that of the certificate; name the pair that belongs together"));
+	for (size_t n = 0; n < der.n; n++) {
+		struct tls_pair *cut = t;
+		memset(cut, 0, offsetof(struct tls_pair, der));
+		CHECK(!cert_read(cut, guarded_end((struct slice){der.p, n})));
+	}
+	for (size_t at = 0; at < der.n; at++)
+		for (unsigned v = 0; v < 256; v += 5) {
+			struct slice changed = guarded_end(der);
+			memset(t, 0, offsetof(struct tls_pair, der));
+			((char *)(uintptr_t)changed.p)[at] = (char)v;
+			if (cert_read(t, changed))
+				CHECK(t->public.p >= changed.p && t->public.p + t->public.n <= changed.p + changed.n && t->public.n > 0);
+			CHECK(memchr(t->subject, '\0', sizeof t->subject) != NULL && memchr(t->names, '\0', sizeof t->names) != NULL);
+		}
+}
+
+/* What pem_next() says of a text, with the decoded bytes. */
+static int
+pem_verdict(struct slice text, struct slice *label, struct slice *der)
+{
+	struct slice copy = guarded_end(text);
+
+	return pem_next(&copy, label, der);
+}
+
+static void
+test_pem(void)
+{
+	/* PEM objects among other words, with either line end, one after the other; one without an END or with other bytes
+	 * is broken; an encrypted one is told as such. */
+	static const struct { const char *text; int verdict; const char *label, *der; } CASES[] = {
+		{"", 0, "", ""}, {"words\nand more\n", 0, "", ""},
+		{"-----BEGIN X-----\nYWJj\n-----END X-----\n", 1, "X", "abc"},
+		{"-----BEGIN X-----\r\nYWJj\r\n-----END X-----", 1, "X", "abc"},
+		{"subject=CN\n-----BEGIN X Y-----\nYW\nJj\nZA==\n-----END X Y-----\n", 1, "X Y", "abcd"},
+		{"-----BEGIN X-----\nYWJj  \t\n-----END X-----\n", 1, "X", "abc"},
+		{"-----BEGIN X-----\n-----END X-----\n", 1, "X", ""},
+		{"-----BEGIN X-----\nYWJj\n", -1, "", ""}, {"-----BEGIN X-----", -1, "", ""}, {"-----BEGIN ", -1, "", ""},
+		{"-----BEGIN X-----\nY*Jj\n-----END X-----\n", -1, "", ""}, {"-----BEGIN X-----\nYWJjY\n-----END X-----\n", -1, "", ""},
+		{"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: x\n\nYWJj\n-----END RSA PRIVATE KEY-----\n", 1,
+		    "ENCRYPTED PRIVATE KEY", ""},
+	};
+	struct slice label = {"", 0}, der = {"", 0};
+
+	for (size_t i = 0; i < LENGTH(CASES); i++) {
+		CHECK_OF(CASES[i].text, pem_verdict(slice_of(CASES[i].text), &label, &der) == CASES[i].verdict);
+		if (CASES[i].verdict == 1)
+			CHECK_OF(CASES[i].text, slice_is(label, CASES[i].label) && slice_is(der, CASES[i].der));
+	}
+	for (size_t n = 0; n <= strlen(PEM_CERTIFICATE); n++) {   /* cut at every byte */
+		int verdict = pem_verdict((struct slice){PEM_CERTIFICATE, n}, &label, &der);
+		CHECK(n < strlen("-----BEGIN ") ? verdict == 0 : n < strlen(PEM_CERTIFICATE) - 17 ? verdict == -1 : verdict == 1 || verdict == -1);
+	}
+	char two[] = "-----BEGIN A-----\nYWJj\n-----END A-----\n-----BEGIN B-----\nZGVm\n-----END B-----\n";
+	struct slice text = {two, sizeof two - 1};
+	CHECK(pem_next(&text, &label, &der) == 1 && slice_is(label, "A") && slice_is(der, "abc"));
+	CHECK(pem_next(&text, &label, &der) == 1 && slice_is(label, "B") && slice_is(der, "def"));
+	CHECK(pem_next(&text, &label, &der) == 0);
+}
+
+static void
+test_pair_loads(void)
+{
+	/* Certificate and key from files: what is missing, expired, encrypted or of another key is one sentence. */
+	char *cert = strdup(test_path("file")), *key = strdup(test_path("link"));
+	struct mistake m;
+	struct tls_pair *t;
+
+	file_make(cert, slice_of(PEM_CERTIFICATE));
+	file_make(key, slice_of(PEM_EC_SEC1));
+	CHECK((t = pair_load(cert, key, 1800000000, &m)) != NULL && t->certificates == 1);
+	pair_forget(t);
+	CHECK((t = pair_load(cert, key, 4949173771, &m)) != NULL);
+	pair_forget(t);
+	CHECK(pair_load(cert, key, 4949173772, &m) == NULL && strstr(m.text, "expired on 2126-11-01T02:29:32") != NULL);
+	CHECK(pair_load(key, cert, 1800000000, &m) == NULL && strstr(m.text, "holds no certificate") != NULL);
+	CHECK(pair_load(cert, cert, 1800000000, &m) == NULL && strstr(m.text, "holds no private key") != NULL);
+	file_make(key, slice_of(PEM_RSA_PKCS8));
+	CHECK(pair_load(cert, key, 1800000000, &m) == NULL && strstr(m.text, "not that of the certificate") != NULL);
+	file_make(key, S("-----BEGIN ENCRYPTED PRIVATE KEY-----\nYWJj\n-----END ENCRYPTED PRIVATE KEY-----\n"));
+	CHECK(pair_load(cert, key, 1800000000, &m) == NULL && strstr(m.text, "encrypted") != NULL);
+	CHECK(pair_load(cert, test_path("missing"), 1800000000, &m) == NULL && strstr(m.text, "cannot be read") != NULL);
+	file_make(key, slice_of(PEM_EC_SEC1));
+	struct out o = out_new();
+	for (int i = 0; i < TLS_CHAIN_MAX + 1; i++)
+		out_text(&o, PEM_CERTIFICATE);
+	file_make(cert, out_so_far(&o));
+	CHECK(pair_load(cert, key, 1800000000, &m) == NULL && strstr(m.text, "more than 8 certificates") != NULL);
+	test_path_remove();
+}
+
+/* table_open() in a process of its own, because it may die: its exit status, 0 when it gave a table. */
+static int
+table_dies(const char *path)
+{
+	int status = -1;
+	pid_t pid;
+
+	if ((pid = fork()) == 0) {
+		bool aside;
+		int fd, null = open("/dev/null", O_WRONLY);
+		dup2(null, STDERR_FILENO);
+		table_open(path, 4, 4, 4, &fd, &aside);
+		_exit(0);
+	}
+	CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+	return WEXITSTATUS(status);
+}
+
+static void
+test_table_file(void)
+{
+	/* --state: made when missing, taken up when whole, set aside as FILE.old when not ours, too small or cut. */
+	const char *path = strdup(test_path("state")), *old = strdup(test_path("state.old"));
+	bool aside;
+	int fd;
+	struct stat st;
+
+	struct table *t = table_open(path, 4, 4, 8, &fd, &aside);
+	CHECK(t != NULL && !aside && t->rows == 4 && t->conns == 8 && t->size == table_size(4, 8));
+	CHECK(fstat(fd, &st) == 0 && (size_t)st.st_size == t->size && (st.st_mode & 0777) == 0600);
+	CHECK(fcntl(fd, F_GETFD) == FD_CLOEXEC);
+	t->address[7][3].tat_ns = 4711;
+	uint64_t seed = t->seed[0];
+	int second;
+	struct table *same = table_open(path, 4, 4, 8, &second, &aside);
+	CHECK(!aside && same->seed[0] == seed && same->address[7][3].tat_ns == 4711);
+	same->address[7][3].tat_ns = 4712;
+	CHECK(t->address[7][3].tat_ns == 4712);      /* shared, not copied */
+	CHECK(table_open(path, 2, 2, 8, &second, &aside)->rows == 4 && !aside);   /* larger than needed is good enough */
+	CHECK(table_open(path, 4, 4, 1, &second, &aside)->conns == 8 && !aside);
+	t = table_open(path, 5, 5, 8, &fd, &aside);
+	CHECK(aside && t->rows == 5 && t->seed[0] != seed && access(old, F_OK) == 0);
+	t = table_open(path, 5, 5, 9, &fd, &aside);
+	CHECK(aside && t->conns == 9);
+	t->magic ^= 1;
+	t = table_open(path, 5, 5, 9, &fd, &aside);
+	CHECK(aside && t->magic == TABLE_MAGIC);
+	CHECK(ftruncate(fd, (off_t)t->size - 8) == 0);
+	t = table_open(path, 5, 5, 9, &fd, &aside);
+	CHECK(aside && fstat(fd, &st) == 0 && (size_t)st.st_size == t->size);
+	file_make(path, S("garbage"));
+	t = table_open(path, 5, 5, 9, &fd, &aside);
+	CHECK(aside && t->rows == 5);
+	file_make(path, S(""));
+	t = table_open(path, 5, 5, 9, &fd, &aside);
+	CHECK(!aside && t->rows == 5);       /* an empty one is begun */
+	t->rows = 0xffffffff;                /* a size that wraps */
+	t->conns = 0xffffffff;
+	t = table_open(path, 5, 5, 9, &fd, &aside);
+	CHECK(aside && t->rows == 5);
+	CHECK(flock(fd, LOCK_EX | LOCK_NB) == 0);    /* nobody holds it any more */
+	test_path_remove();
+}
+
+static void
+test_table_file_refused(void)
+{
+	/* A table is never made in a directory, through a link, in a FIFO or where nothing can be made: one line, 78. */
+	CHECK(mkdir(test_path("directory"), 0700) == 0 && mkfifo(test_path("fifo"), 0600) == 0);
+	CHECK(symlink("state", test_path("link")) == 0);
+	CHECK(table_dies(test_path("directory")) == EX_CONFIG);
+	CHECK(table_dies(test_path("fifo")) == EX_CONFIG);
+	CHECK(table_dies(test_path("link")) == EX_CONFIG);
+	CHECK(table_dies("/nonexistent/state") == EX_CONFIG && table_dies("/dev/null") == EX_CONFIG);
+	CHECK(table_dies(test_path("state")) == 0);
+	test_path_remove();
+}
+
+static void
+test_table_file_race(void)
+{
+	/* Many processes that open a missing, or a broken, file at once have one table between them. */
+	enum { PROCESSES = 12 };
+	const char *path = strdup(test_path("state"));
+	pid_t pid[PROCESSES];
+	int status, begin[2];
+
+	for (int broken = 0; broken < 2; broken++) {
+		struct { _Atomic uint64_t seed[PROCESSES]; } *seen = map_new(sizeof *seen, MAP_SHARED);
+		CHECK(pipe(begin) == 0);
+		if (broken)
+			file_make(path, S("garbage"));
+		else
+			remove(path);
+		for (int i = 0; i < PROCESSES; i++)
+			if ((pid[i] = fork()) == 0) {
+				char word;
+				bool aside;
+				int fd;
+				close(begin[1]);
+				(void)!read(begin[0], &word, 1);
+				struct table *t = table_open(path, 4, 4, 4, &fd, &aside);
+				atomic_store(&seen->seed[i], t->seed[0]);
+				_exit(0);
+			}
+		close(begin[0]);
+		close(begin[1]);
+		for (int i = 0; i < PROCESSES; i++)
+			CHECK(waitpid(pid[i], &status, 0) == pid[i] && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+		for (int i = 0; i < PROCESSES; i++)
+			CHECK(seen->seed[i] != 0 && seen->seed[i] == seen->seed[0]);
+	}
+	test_path_remove();
+}
+
+static void
+test_table_recover(void)
+{
+	/* Rows of a process that was killed are given back by the next one; those of a living one, and our own, are not. */
+	int fd;
+	struct table *t = table_new(4, 4, &fd);
+	pid_t pid[2];
+	int ready[2];
+	char word;
+
+	CHECK(pipe(ready) == 0);
+	for (int i = 0; i < 2; i++)
+		if ((pid[i] = fork()) == 0) {
+			struct conn_row *row = table_row_take(t);
+			table_row_own(t, fd, row);
+			row->address[0] = row->address[2] = 77;
+			row->used = 3;
+			(void)!write(ready[1], "x", 1);
+			pause();
+			_exit(0);
+		}
+	for (int i = 0; i < 2; i++)
+		CHECK(read(ready[0], &word, 1) == 1);
+	struct conn_row *ours = table_row_take(t);
+	ours->address[0] = 77;
+	ours->used = 1;
+	CHECK(table_connections(t, 77, 100) == 5);
+	table_recover(t, fd);
+	CHECK(table_connections(t, 77, 100) == 5);
+	kill(pid[0], SIGKILL);
+	waitpid(pid[0], NULL, 0);
+	table_recover(t, fd);
+	CHECK(table_connections(t, 77, 100) == 3 && table_row_take(t) != NULL);
+	kill(pid[1], SIGKILL);
+	waitpid(pid[1], NULL, 0);
+	table_recover(t, fd);
+	CHECK(table_connections(t, 77, 100) == 1 && ours->taken == (uint32_t)getpid());
+}
+
+#if TINYAUTH_LINUX && !defined(TINYAUTH_NO_SANDBOX)
+
+/* What a walled process has at hand. */
+struct ground {
+	int stream[2], listener, epoll;
+	struct addr upstream, other; /* both listen; one of them is the upstream */
+};
+
+enum { CUT_OFF = 1000, NO_WALL = 1001 };   /* ended by SIGSYS; the machine has no such wall */
+
+static int
+ground_listen(struct addr *a)
+{
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	struct sockaddr_in in = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+
+	a->len = sizeof in;
+	CHECK(bind(fd, (struct sockaddr *)&in, sizeof in) == 0 && listen(fd, 8) == 0);
+	CHECK(getsockname(fd, (struct sockaddr *)&a->ss, &a->len) == 0);
+	return fd;
+}
+
+static void
+walls_upstream(const struct ground *g)
+{
+	config.uid = config.gid = NOBODY;
+	config.upstream.addr[0] = g->upstream;
+	config.upstream.addrs = 1;
+}
+
+/* The walls that a worker has here. */
+static unsigned
+walls_here(const struct ground *g)
+{
+	int status = -1;
+	pid_t pid;
+
+	if ((pid = fork()) == 0) {
+		walls_upstream(g);
+		_exit((int)sandbox_worker(sandbox_directory()));
+	}
+	CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+	return (unsigned)WEXITSTATUS(status);
+}
+
+/* What becomes of a process of this role that does this: 0, an errno, or CUT_OFF. */
+static int
+walled(unsigned role, const struct ground *g, long (*action)(const struct ground *))
+{
+	int status = -1;
+	pid_t pid;
+
+	if ((pid = fork()) == 0) {
+		alarm(10);
+		walls_upstream(g);
+		if (role == FOR_WORKER)
+			sandbox_worker(sandbox_directory());
+		else if (role == FOR_RESOLVER)
+			sandbox_resolver();
+		else
+			sandbox_supervisor(false);
+		errno = 0;
+		_exit(action(g) < 0 ? errno : 0);
+	}
+	CHECK(waitpid(pid, &status, 0) == pid);
+	return WIFSIGNALED(status) ? (WTERMSIG(status) == SIGSYS ? CUT_OFF : -WTERMSIG(status)) : WEXITSTATUS(status);
+}
+
+static struct ground
+ground_new(void)
+{
+	struct ground g;
+
+	memset(&g, 0, sizeof g);
+	CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, g.stream) == 0);
+	g.listener = ground_listen(&g.upstream);
+	ground_listen(&g.other);
+	g.epoll = epoll_create1(0);
+	return g;
+}
+
+#define ACTION(name, call) static long act_##name(const struct ground *g) { (void)g; return (long)(call); }
+ACTION(openat, syscall(SYS_openat, AT_FDCWD, "/etc/passwd", O_RDONLY, 0))
+ACTION(execve, syscall(SYS_execve, "/bin/true", (char *[]){(char *)(uintptr_t)"true", NULL}, NULL))
+ACTION(execveat, syscall(SYS_execveat, AT_FDCWD, "/bin/true", (char *[]){(char *)(uintptr_t)"true", NULL}, NULL, 0))
+ACTION(clone, syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0))
+ACTION(clone3, syscall(SYS_clone3, NULL, 0))
+ACTION(ptrace, syscall(SYS_ptrace, 0, 0, 0, 0))
+ACTION(kill, syscall(SYS_kill, getppid(), 0))
+ACTION(kill_self, syscall(SYS_kill, 1, 0))
+ACTION(mmap, mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED ? -1 : 0)
+ACTION(mmap_code, mmap(NULL, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED ? -1 : 0)
+ACTION(mprotect, mprotect(config.upstream.text, 1, PROT_READ | PROT_WRITE | PROT_EXEC))
+ACTION(setuid, syscall(SET_USER, 0, 0, 0))
+ACTION(setgid, syscall(SET_GROUP, 0, 0, 0))
+ACTION(chroot, syscall(SYS_chroot, "/"))
+ACTION(chdir, syscall(SYS_chdir, ".."))
+ACTION(mount, syscall(SYS_mount, "none", "/", "tmpfs", 0, NULL))
+ACTION(unshare, syscall(SYS_unshare, CLONE_NEWUSER))
+ACTION(setns, syscall(SYS_setns, 0, 0))
+ACTION(bpf, syscall(SYS_bpf, 0, NULL, 0))
+ACTION(io_uring, syscall(425, 8, NULL))
+ACTION(process_vm, syscall(SYS_process_vm_readv, getppid(), NULL, 0, NULL, 0, 0))
+ACTION(bind, bind(g->stream[0], (const struct sockaddr *)&g->other.ss, g->other.len))
+ACTION(listen, listen(g->stream[0], 1))
+ACTION(unlinkat, syscall(SYS_unlinkat, AT_FDCWD, "/tmp/nothing", 0))
+ACTION(getdents, syscall(SYS_getdents64, 0, NULL, 0))
+ACTION(memfd, syscall(SYS_memfd_create, "x", 0))
+ACTION(dup, dup(0))
+ACTION(prctl, prctl(SET_DUMPABLE, 1))
+ACTION(prlimit, syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, NULL))
+ACTION(ioctl, syscall(SYS_ioctl, 0, 0x5412 /* TIOCSTI */, ""))
+ACTION(sendmsg, sendmsg(g->stream[0], &(struct msghdr){.msg_name = NULL}, 0))
+ACTION(keyctl, syscall(SYS_keyctl, 0, 0, 0, 0, 0))
+ACTION(perf, syscall(SYS_perf_event_open, NULL, 0, 0, 0, 0))
+ACTION(init_module, syscall(SYS_init_module, NULL, 0, ""))
+ACTION(reboot, syscall(SYS_reboot, 0, 0, 0, NULL))
+ACTION(setsid, syscall(SYS_setsid))
+ACTION(nothing, 0)
+
+static void
+test_sandbox_calls(void)
+{
+	/* A worker that calls anything that serving does not need is ended by the kernel. */
+	static const struct { const char *name; long (*action)(const struct ground *); } CASES[] = {
+#define CASE(name) {#name, act_##name}
+		CASE(openat), CASE(execve), CASE(execveat), CASE(clone), CASE(clone3), CASE(ptrace), CASE(kill), CASE(kill_self),
+		CASE(mmap), CASE(mmap_code), CASE(mprotect), CASE(setuid), CASE(setgid), CASE(chroot), CASE(chdir), CASE(mount),
+		CASE(unshare), CASE(setns), CASE(bpf), CASE(io_uring), CASE(process_vm), CASE(bind), CASE(listen), CASE(unlinkat),
+		CASE(getdents), CASE(memfd), CASE(dup), CASE(prctl), CASE(prlimit), CASE(ioctl), CASE(sendmsg), CASE(keyctl),
+		CASE(perf), CASE(init_module), CASE(reboot), CASE(setsid),
+	};
+	struct ground g = ground_new();
+
+	if (!(walls_here(&g) & WALL_SECCOMP)) {
+		printf("skipped %s: no seccomp here\n", test_name);
+		return;
+	}
+	CHECK(walled(FOR_WORKER, &g, act_nothing) == 0);
+	for (size_t i = 0; i < LENGTH(CASES); i++)
+		CHECK_OF(CASES[i].name, walled(FOR_WORKER, &g, CASES[i].action) == CUT_OFF);
+}
+
+/* All that serving is made of; the number of the line that failed, as an errno, or nothing. */
+static long
+act_serve(const struct ground *g)
+{
+	static char page[8192] __attribute__((aligned(4096)));
+	char byte;
+	struct pollfd p = {g->stream[1], POLLIN, 0};
+	struct epoll_event event = {.events = EPOLLIN}, got;
+	struct iovec iov = {&byte, 1};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
+	int one = 1, error = -1, line = 0;
+	socklen_t len = sizeof error;
+	struct stat st;
+
+#define NEEDED(what) if (line == 0 && !(what)) line = __LINE__
+	NEEDED(send(g->stream[0], "abc", 3, MSG_NOSIGNAL) == 3 && poll(&p, 1, 1000) == 1);
+	NEEDED(recv(g->stream[1], &byte, 1, MSG_DONTWAIT) == 1 && recvmsg(g->stream[1], &m, MSG_DONTWAIT) == 1);
+	NEEDED(read(g->stream[1], &byte, 1) == 1 && write(g->stream[1], "x", 1) == 1);
+	NEEDED(epoll_ctl(g->epoll, EPOLL_CTL_ADD, g->stream[0], &event) == 0 && epoll_wait(g->epoll, &got, 1, 1000) == 1);
+	NEEDED(epoll_ctl(g->epoll, EPOLL_CTL_DEL, g->stream[0], &event) == 0);
+	int up = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	NEEDED(up >= 0 && setsockopt(up, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one) == 0);
+	NEEDED(connect(up, (const struct sockaddr *)&g->upstream.ss, g->upstream.len) == 0 || errno == EINPROGRESS);
+	NEEDED(getsockopt(up, SOL_SOCKET, SO_ERROR, &error, &len) == 0 && error == 0);
+	int taken = accept4(g->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+	NEEDED(taken >= 0 && shutdown(taken, SHUT_WR) == 0 && close(taken) == 0 && close(up) == 0);
+	NEEDED(getentropy(page, 32) == 0 && clock_ns() > 0 && clock_wall_ms() > 0);
+	NEEDED(madvise(page, 4096, MADV_DONTNEED) == 0);
+	NEEDED(fstat(0, &st) == 0 || errno == EBADF);
+	NEEDED(fcntl(g->stream[0], F_SETFL, fcntl(g->stream[0], F_GETFL) | O_NONBLOCK) == 0);
+#undef NEEDED
+	errno = line % 250;
+	return line == 0 ? 0 : -1;
+}
+
+static void
+test_sandbox_holds(void)
+{
+	/* The walls that are announced are those that hold, and a kernel that has one gives it. */
+	struct ground g = ground_new();
+	unsigned walls = walls_here(&g);
+	int root = sandbox_directory();
+
+	CHECK(walls == sandbox_probe(root));
+	CHECK(((walls & WALL_USER) != 0) == (geteuid() == 0) && ((walls & WALL_FILES) != 0) == (landlock_version() > 0));
+	CHECK(((walls & WALL_CONNECT) != 0) == (landlock_version() >= 4) && walls & WALL_PRIVILEGES);
+	if (root >= 0)
+		close(root);
+}
+
+static void
+test_sandbox_serves(void)
+{
+	/* What serving needs works behind all walls. */
+	struct ground g = ground_new();
+	int got = walled(FOR_WORKER, &g, act_serve);
+	char words[32];
+
+	snprintf(words, sizeof words, "%d", got);
+	CHECK_OF(words, got == 0);
+}
+
+static long
+ground_connect(const struct addr *to, int type, int protocol)
+{
+	int fd = socket(AF_INET, type, protocol);
+
+	return fd < 0 ? -1 : connect(fd, (const struct sockaddr *)&to->ss, to->len);
+}
+
+static long
+ground_sendto(const struct addr *to, int type, int flags)
+{
+	int fd = socket(AF_INET, type, 0);
+
+	return fd < 0 ? -1 : sendto(fd, "stolen", 6, flags, (const struct sockaddr *)&to->ss, to->len);
+}
+
+enum { MPTCP = 262, FASTOPEN = 0x20000000 };
+ACTION(connect, ground_connect(&g->upstream, SOCK_STREAM, 0))
+ACTION(connect_other, ground_connect(&g->other, SOCK_STREAM, 0))
+ACTION(fastopen_other, ground_sendto(&g->other, SOCK_STREAM, FASTOPEN))
+ACTION(mptcp_other, ground_connect(&g->other, SOCK_STREAM, MPTCP))
+ACTION(udp_connect, ground_connect(&g->other, SOCK_DGRAM, 0))
+ACTION(udp_send, ground_sendto(&g->other, SOCK_DGRAM, 0))
+ACTION(raw, socket(AF_INET, SOCK_RAW, IPPROTO_ICMP))
+ACTION(netlink, socket(AF_NETLINK, SOCK_DGRAM, 0))
+ACTION(packet, socket(AF_PACKET, SOCK_DGRAM, 0))
+ACTION(vsock, socket(AF_VSOCK, SOCK_STREAM, 0))
+ACTION(alg, socket(AF_ALG, SOCK_SEQPACKET, 0))
+
+static void
+test_sandbox_connects_upstream_only(void)
+{
+	/* A worker reaches the upstream's port and no other, whatever kind of socket it tries. */
+	static const struct { const char *name; long (*action)(const struct ground *); } CASES[] = {
+		CASE(connect_other), CASE(fastopen_other), CASE(mptcp_other),
+	};
+	struct ground g = ground_new();
+
+	CHECK(walled(FOR_WORKER, &g, act_connect) == 0);
+	if (landlock_version() < 4) {
+		printf("skipped %s: no Landlock with network rules here\n", test_name);
+		return;
+	}
+	CHECK(walled(FOR_WORKER, &g, act_connect_other) == EACCES);
+	for (size_t i = 0; i < LENGTH(CASES); i++)
+		CHECK_OF(CASES[i].name, walled(FOR_WORKER, &g, CASES[i].action) != 0);
+}
+
+static void
+test_sandbox_other_sockets(void)
+{
+	/* Datagrams, raw and other sockets have no use in serving: a worker has none. */
+	static const struct { const char *name; long (*action)(const struct ground *); } CASES[] = {
+		CASE(udp_connect), CASE(udp_send), CASE(raw), CASE(netlink), CASE(packet), CASE(vsock), CASE(alg),
+	};
+	struct ground g = ground_new();
+
+	if (!(walls_here(&g) & WALL_SECCOMP)) {
+		printf("skipped %s: no seccomp here\n", test_name);
+		return;
+	}
+	for (size_t i = 0; i < LENGTH(CASES); i++)
+		CHECK_OF(CASES[i].name, walled(FOR_WORKER, &g, CASES[i].action) != 0);
+}
+
+/* In a process of its own with Landlock alone: 0, or an errno. */
+static int
+landlocked(const struct ground *g, long (*action)(const struct ground *))
+{
+	int status = -1;
+	pid_t pid;
+
+	if ((pid = fork()) == 0) {
+		walls_upstream(g);
+		if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || !(sandbox_landlock() & WALL_FILES))
+			_exit(255);
+		_exit(action(g) < 0 ? errno : 0);
+	}
+	CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+	return WEXITSTATUS(status);
+}
+
+ACTION(make, syscall(SYS_openat, AT_FDCWD, "/tmp/tinyauth-unit-made", O_WRONLY | O_CREAT, 0600))
+ACTION(mkdirat, syscall(SYS_mkdirat, AT_FDCWD, "/tmp/tinyauth-unit-made", 0700))
+ACTION(truncate, truncate("/tmp/tinyauth-unit-made", 0))
+ACTION(bind_tcp, bind(socket(AF_INET, SOCK_STREAM, 0), (struct sockaddr *)&(struct sockaddr_in){.sin_family = AF_INET}, sizeof(struct sockaddr_in)))
+
+static void
+test_sandbox_landlock(void)
+{
+	/* Landlock by itself: no file is read, made or run, no port but the upstream's is reached, also by root. */
+	struct ground g = ground_new();
+	int version = landlock_version();
+
+	if (version == 0) {
+		printf("skipped %s: no Landlock here\n", test_name);
+		return;
+	}
+	CHECK(landlocked(&g, act_nothing) == 0 && landlocked(&g, act_openat) == EACCES);
+	remove("/tmp/tinyauth-unit-made");
+	CHECK(landlocked(&g, act_make) == EACCES && landlocked(&g, act_mkdirat) == EACCES && landlocked(&g, act_execve) == EACCES);
+	remove("/tmp/tinyauth-unit-made");
+	file_make("/tmp/tinyauth-unit-made", S("kept"));
+	if (version >= 3)
+		CHECK(landlocked(&g, act_truncate) == EACCES);
+	remove("/tmp/tinyauth-unit-made");
+	if (version < 4)
+		return;
+	CHECK(landlocked(&g, act_connect) == 0 && landlocked(&g, act_connect_other) == EACCES);
+	CHECK(landlocked(&g, act_bind_tcp) == EACCES);
+}
+
+static void
+test_sandbox_user(void)
+{
+	/* Root becomes the user for good, with no group of its own left; root as that user is refused. */
+	uid_t ids[3];
+	gid_t groups[3];
+
+	if (geteuid() != 0) {
+		CHECK(sandbox_user());
+		printf("skipped %s: not started as root\n", test_name);
+		return;
+	}
+	config.uid = config.gid = 0;
+	CHECK(!sandbox_user() && geteuid() == 0);
+	config.uid = 12345;
+	config.gid = 54321;
+	CHECK(setgroups(2, (gid_t[]){4, 5}) == 0);
+	CHECK(sandbox_user() && getresuid(&ids[0], &ids[1], &ids[2]) == 0 && getresgid(&groups[0], &groups[1], &groups[2]) == 0);
+	for (int i = 0; i < 3; i++)
+		CHECK(ids[i] == 12345 && groups[i] == 54321);
+	CHECK(getgroups(0, NULL) == 0);
+	CHECK(syscall(SET_USER, 0, 0, 0) != 0 && syscall(SET_GROUP, 0, 0, 0) != 0 && syscall(SET_GROUPS, 0, NULL) != 0);
+}
+
+static long
+act_resolve(const struct ground *g)
+{
+	char byte;
+	int fd = open("/etc/passwd", O_RDONLY | O_CLOEXEC), line = 0;
+	struct sockaddr_in in = {.sin_family = AF_INET};
+
+	(void)g;
+	if (fd < 0 || read(fd, &byte, 1) != 1 || lseek(fd, 0, SEEK_SET) != 0 || close(fd) != 0)
+		line = __LINE__;
+	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0 || bind(fd, (struct sockaddr *)&in, sizeof in) != 0 || close(fd) != 0)
+		line = __LINE__;
+	errno = line % 250;
+	return line == 0 ? 0 : -1;
+}
+
+static void
+test_sandbox_resolver(void)
+{
+	/* Who looks up names reads files and has datagrams, but executes, forks, traces and kills nothing. */
+	static const struct { const char *name; long (*action)(const struct ground *); } CASES[] = {
+		CASE(execve), CASE(clone), CASE(ptrace), CASE(kill), CASE(setuid), CASE(chroot), CASE(mprotect), CASE(unlinkat),
+		CASE(memfd), CASE(listen), CASE(mkdirat), CASE(prctl), CASE(mount), CASE(bpf), CASE(io_uring),
+	};
+	struct ground g = ground_new();
+
+	if (!(walls_here(&g) & WALL_SECCOMP)) {
+		printf("skipped %s: no seccomp here\n", test_name);
+		return;
+	}
+	CHECK(walled(FOR_RESOLVER, &g, act_resolve) == 0);
+	for (size_t i = 0; i < LENGTH(CASES); i++)
+		CHECK_OF(CASES[i].name, walled(FOR_RESOLVER, &g, CASES[i].action) == CUT_OFF);
+}
+
+static long
+act_run(const struct ground *g)
+{
+	int status = -1;
+	pid_t pid = fork();
+
+	(void)g;
+	if (pid == 0) {
+		execl("/bin/true", "true", (char *)NULL);
+		_exit(99);
+	}
+	if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+		errno = WIFEXITED(status) ? WEXITSTATUS(status) : EIO;
+		return -1;
+	}
+	return 0;
+}
+
+static void
+test_sandbox_supervisor(void)
+{
+	/* The supervisor may fork and execute; what it has no use for fails as if the kernel lacked it. */
+	static const struct { const char *name; long (*action)(const struct ground *); } CASES[] = {
+		CASE(ptrace), CASE(mount), CASE(bpf), CASE(unshare), CASE(setns), CASE(process_vm), CASE(io_uring), CASE(keyctl),
+		CASE(perf), CASE(init_module), CASE(reboot), CASE(execveat),
+	};
+	struct ground g = ground_new();
+
+	if (!(walls_here(&g) & WALL_SECCOMP)) {
+		printf("skipped %s: no seccomp here\n", test_name);
+		return;
+	}
+	if (access("/bin/true", X_OK) == 0)
+		CHECK(walled(FOR_SUPERVISOR, &g, act_run) == 0);
+	CHECK(walled(FOR_SUPERVISOR, &g, act_openat) == 0 && walled(FOR_SUPERVISOR, &g, act_serve) == 0);
+	for (size_t i = 0; i < LENGTH(CASES); i++)
+		CHECK_OF(CASES[i].name, walled(FOR_SUPERVISOR, &g, CASES[i].action) == ENOSYS);
+}
+
+static void
+test_sandbox_calls_table(void)
+{
+	/* No call stands twice for one role, and the filter has room for all of them. */
+	for (size_t i = 0; i < LENGTH(CALLS); i++)
+		for (size_t k = 0; k < i; k++)
+			CHECK(CALLS[i].number != CALLS[k].number || !(CALLS[i].roles & CALLS[k].roles));
+	CHECK(2 * LENGTH(CALLS) + 5 <= 4096);
+}
+#define SANDBOX_TESTS TEST(sandbox_calls), TEST(sandbox_holds), TEST(sandbox_serves), TEST(sandbox_connects_upstream_only), \
+	TEST(sandbox_other_sockets), TEST(sandbox_landlock), TEST(sandbox_user), TEST(sandbox_resolver), \
+	TEST(sandbox_supervisor), TEST(sandbox_calls_table),
+#undef CASE
+#else
+#define SANDBOX_TESTS
+#endif
+
+/* ============================================================================================================= *
  * ALL OF THEM
  * ============================================================================================================= */
 
@@ -4409,6 +6120,13 @@ static const struct test {
 	TEST(worker_drains), TEST(worker_parks), TEST(supervisor_replace), TEST(supervisor_looks),
 	TEST(supervisor_hands_over), TEST(supervisor_older_layout), TEST(worker_stale_keys),
 	TEST(worker_partly_stale_keys), TEST(secret_make), TEST(edit_find),
+	/* small systems */
+	TEST(formats), TEST(formats_cut), TEST(mistakes_show_the_value), TEST(ip6_text), TEST(ip_text), TEST(files_read),
+	TEST(ips_read), TEST(trust), TEST(trust_bits), TEST(users), TEST(proxy_lines), TEST(proxy_lines_strict),
+	TEST(proxy_blocks), TEST(forwarded_for), TEST(sessions), TEST(sessions_torn), TEST(sessions_evict), TEST(dates),
+	TEST(der_times), TEST(der_elements), TEST(keys_in_der), TEST(keys_in_der_broken), TEST(certificate_in_der),
+	TEST(pem), TEST(pair_loads), TEST(table_file), TEST(table_file_refused), TEST(table_file_race),
+	TEST(table_recover), ARENA_TESTS SANDBOX_TESTS
 #undef TEST
 };
 

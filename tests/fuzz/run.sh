@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "$0")/../.." || exit 1
 seconds=${1:-30}
 [ $# -eq 0 ] || shift
-[ $# -gt 0 ] || set -- head body keys options conn
+[ $# -gt 0 ] || set -- head body keys options conn link
 case $seconds in
 '' | *[!0-9]*)
     sed -n 's/^#   run\.sh/usage: run.sh/p' tests/fuzz/run.sh >&2

@@ -8,11 +8,15 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tls"))
 from cases import KEY, joined, plain
+from secure import SecureSocket
 from wire import Malformed, read_message
 
 GOOD = b"GET /-good HTTP/1.1\r\nHost: example.com\r\nAuthorization: Bearer " + KEY + b"\r\n\r\n"
@@ -113,7 +117,10 @@ class Tinyauth:
 
 
 class Lane:
-    def __init__(self, binary, keys, options=(), listener="open"):
+    """`secure`: the certificate and key with which clients speak TLS, or nothing."""
+
+    def __init__(self, binary, keys, options=(), listener="open", secure=None):
+        self.secure = secure
         self.listener = socket.socket()
         self.fillers = []
         self.listener.bind(("127.0.0.1", 0))
@@ -125,7 +132,7 @@ class Lane:
         self.accepts = listener == "open"
         self.unread = Unread()
         try:
-            self.tinyauth = Tinyauth(binary, keys, self.listener.getsockname()[1], list(options))
+            self.tinyauth = Tinyauth(binary, keys, self.listener.getsockname()[1], [*options, *(secure.options if secure else [])])
         except BaseException:
             self.close_sockets()
             raise
@@ -223,6 +230,7 @@ class Sender:
             return True
         if word == "rst":
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            getattr(self.sock, "raw", self.sock).close()
         self.sock.close()
         self.dead = True
         return True
@@ -332,7 +340,9 @@ class Exchange:
         times = case.get("time").split()
         self.deadline = self.started + (seconds(times[1]) + 1 if times else PATIENCE)
         self.held = [socket.create_connection(("127.0.0.1", lane.tinyauth.port)) for _ in range(int(case.get("hold") or 0))]
-        self.client = socket.create_connection(("127.0.0.1", lane.tinyauth.port))
+        self.client = socket.create_connection(("127.0.0.1", lane.tinyauth.port), PATIENCE)
+        if lane.secure:
+            self.client = SecureSocket(self.client)
         self.client.setblocking(False)
         self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sender = Sender(self, self.client, way == "split")
@@ -390,7 +400,7 @@ class Exchange:
             data = self.client.recv(1 << 20)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError:                 # over TLS an end without close_notify is as good as a reset
             data, self.reset = b"", True
         self.ended = not data
         self.got += data
