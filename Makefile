@@ -76,13 +76,17 @@ test-inetd: tinyauth
 	python3 tests/inetd/run.py
 
 test-systemd: tinyauth
-	sh tests/systemd/run.sh
+	bash tests/systemd/run.sh
 
 test-image: tinyauth
-	sh tests/image/run.sh
+	bash tests/image/run.sh
 
 test-cross:
-	sh tests/cross/run.sh
+	bash tests/cross/run.sh
+
+# Instructions of a request, an event and a refusal, against those recorded.
+guard: tinyauth
+	sh tests/guard/run.sh
 
 bench: tinyauth
 	python3 bench/run.py
@@ -178,5 +182,5 @@ uninstall:
 clean:
 	rm -rf tinyauth build
 
-.PHONY: bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-systemd test-image test-cross \
+.PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-systemd test-image test-cross \
 	test-clients test-diff test-faults coverage fuzz analyse lint install uninstall clean force

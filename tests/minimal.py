@@ -422,9 +422,11 @@ def test_proxy_header_cut_short(lab):
 
 
 def test_proxy_header_that_waits_costs_nothing(lab):
-    """A trusted peer that stops in the middle of its PROXY header, over TCP or a unix socket, is waited for, not polled."""
+    """A trusted peer that stops in the middle of its PROXY header is waited for, not polled; over a unix socket, where
+    poll cannot wait for more, it is refused."""
     path = lab.path("socket")
     tinyauth = lab.tinyauth("--trust", "127.0.0.1", "--trust", "unix", "-l", f"unix:{path}", "--header-timeout", "2s")
+    tinyauth.expect("event=turned_away .*reason=bad_proxy_header")
     tcp = proxied(tinyauth, V1[:10])
     local = socket.socket(socket.AF_UNIX)
     local.connect(path)
