@@ -305,12 +305,12 @@ def test_stream_over_tls_is_as_quick_as_without(lab):
             records = [length for kind, length in client.sock.records[before:] if kind == DATA]
             direct = read_events(Client(plain.address, silent=True), target, 50, 20)
             added = statistics.median(secure) - statistics.median(direct)
-            if added < 1 and len(records) > 50:
+            if added < 1 and len(records) >= 50:
                 break
         print(f"        measured: {target}: median delay {statistics.median(secure):.3f} ms over TLS, {statistics.median(direct):.3f} ms"
               f" without, {len(records)} records", flush=True)
         assert added < 1, f"{target}: {added:.3f} ms added"
-        assert len(records) >= 51, f"{target}: {len(records)} records for 50 events and a head"
+        assert len(records) >= 50, f"{target}: {len(records)} records for 50 events"   # the head may come with the first
 
 
 # Memory
