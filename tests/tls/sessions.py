@@ -59,7 +59,8 @@ def first_session(tinyauth, context):
 def from_each_worker(tinyauth, context, session):
     """Resumed or not, by each worker; the others stand still meanwhile."""
     found = []
-    until(lambda: len(tinyauth.workers()) >= 2, "workers that were just started")
+    count = int(tinyauth.events("ready")[-1]["workers"])
+    until(lambda: len(tinyauth.workers()) >= count, "workers that were just started")
     for worker in tinyauth.workers():
         with frozen(set(tinyauth.workers()) - {worker}):
             found.append(resumes(tinyauth, context, session))
