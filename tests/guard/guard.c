@@ -180,17 +180,15 @@ rig_round(struct rig *rig, const char *request, const char *answer, const char *
 
 /* ---- the rig ------------------------------------------------------------------------------------------------- */
 
-/* In the abstract namespace, so that nothing is left behind. */
+/* In the abstract namespace, at an address that the kernel chose: nothing is left behind, and runs do not meet. */
 static int
 rig_listen(struct addr *a)
 {
-	struct sockaddr_un *un = (struct sockaddr_un *)&a->ss;
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
-	un->sun_family = AF_UNIX;
-	text_print(un->sun_path + 1, sizeof un->sun_path - 1, "tinyauth-guard-%d", getpid());
-	a->len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + strlen(un->sun_path + 1));
-	must(bind(fd, (struct sockaddr *)un, a->len) == 0 && listen(fd, 2 * CONNECTIONS_MAX) == 0, "listen");
+	*a = (struct addr){.ss.ss_family = AF_UNIX, .len = sizeof a->ss};
+	must(bind(fd, (struct sockaddr *)&a->ss, sizeof a->ss.ss_family) == 0 &&
+	     getsockname(fd, (struct sockaddr *)&a->ss, &a->len) == 0 && listen(fd, 2 * CONNECTIONS_MAX) == 0, "listen");
 	return fd;
 }
 
