@@ -112,6 +112,7 @@ end_to_end() {
     passed=$((passed + ${counts% *}))
     failed=$((failed + ${counts#* }))
     # an emulator beside other work is slow enough for time-outs: what failed may try again, alone
+    # shellcheck disable=SC2013 # names are words
     for name in $(sed -nE 's/^FAILED  (test_[a-z0-9_]+) .*/\1/p' "$work/output"); do
         if python3 "$here/ends.py" --tinyauth "$2" --no-measure "$name" >"$work/again" 2>&1; then
             passed=$((passed + 1))
