@@ -4,31 +4,34 @@
  *
  * One file, read from the bottom up: a room may call only rooms above it.
  *
- *   BASICS      slices, bounded writers, numbers, clocks
+ *   BASICS      slices, bounded writers, numbers, clocks, mappings and pools
  *   LOG         every sentence that is logged
- *   CONFIG      the options table, the frozen configuration
+ *   CONFIG      the options table, the frozen configuration, addresses and networks
  *   KEYS        the keys file and the published key table
- *   TABLE       the shared counters
- *   HTTP        pure functions: heads, bodies, error answers, credentials
+ *   TABLE       what processes share: rates and connections by address, TLS sessions
+ *   HTTP        pure functions: heads, bodies, error answers, PROXY headers, credentials
  *   USAGE       (not furnished yet: counts tokens)
- *   LINK        descriptors (TLS will live here)
+ *   LINK        descriptors, certificates, TLS
  *   CONN        one client connection: state table, two pipes, admission, the end
- *   SANDBOX     (not furnished yet)
+ *   SANDBOX     what a process gives up; the child that looks up names
  *   WORKER      the pool of connections and the loop around poll
- *   SUPERVISOR  listeners, children, generations, signals
+ *   SUPERVISOR  listeners, children, generations, signals, watched files, upgrade, systemd; and -i, one connection
  *   COMMANDS    check, key
  *   MAIN
  *
- * One request walks down the stairs once: worker_accept, conn_open, step_head, conn_admit, conn_forward, step_connect,
- * step_relay, request_end; then step_head again, or conn_close.
+ * One request walks down the stairs once: worker_accept, conn_open, step_new, step_tls, step_head, conn_admit,
+ * conn_forward, step_connect, step_relay, request_end; then step_head again, or conn_close.
  *
  * Memory is decided at start. A worker maps, and touches only what it uses:
  *
- *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers) + 4 * 40 KB scratch + 64 KB log
+ *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 80 for poll and epoll
+ *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
- * sender. An idle connection, and a stream whose client keeps up, hold none. The shared mappings are one key table (40
- * bytes, a name and 8 index bytes a key, twice), 512 KB of address rates and 8 bytes a connection, touched where used.
+ * sender. An idle connection, and a stream whose client keeps up, hold none. An idle TLS link keeps the pages that its
+ * handshake or small records touched: link_rest() gives back the others. The shared mappings are one key table (40 bytes,
+ * a name and 8 index bytes a key, twice), 512 KB of address rates, 8 bytes a connection and, with TLS, 416 KB of sessions,
+ * touched where used.
  *
  * What is tried against us, and what meets it:
  *
@@ -42,12 +45,20 @@
  *   huge heads, many fields                         HEAD_MAX, TARGET_MAX, FIELDS_MAX, OPTIONS_NAMED_MAX
  *   endless chunk extensions and trailers           CHUNK_EXT_MAX, CHUNK_EXT_BODY_MAX, TRAILER_MAX
  *   thousands of pipelined requests                 STEPS_MAX, then the others have their turn
- *   connections of one address                      --ip-conns
+ *   connections of one address                      --ip-conns; twice as many may begin a handshake to be told so
+ *   handshakes that stall, half records             HANDSHAKE_MS; one record is read ahead at most
+ *   plain HTTP on a TLS port, TLS on a plain one    told so in a 400, before any key is read: R_PLAIN_HTTP, R_TLS_HELLO
+ *   an end forged by whoever sits on the wire       an end without close_notify is a cut: link_left, R_CLIENT_CUT
+ *   sessions forged or torn in the shared cache     each has a keyed seal, and dies with the certificate's key
  *   connections of many addresses                   a full pool: the oldest without an authenticated request gives way
  *   descriptors that run out                        supervisor_descriptors; accepting pauses for ACCEPT_PAUSE_MS
  *   a log that nobody reads, a full disk            lines wait, then are dropped and counted; nothing blocks
  *   an upstream that sends garbage or never ends    ANSWER_HEAD_MAX, INTERIM_MAX, 502; backpressure
- *   headers that claim another client               all X-Forwarded-* and their like are dropped and set anew
+ *   headers that claim another client               all X-Forwarded-* and their like are dropped and set anew; a PROXY header
+ *                                                   and X-Forwarded-For count from --trust peers only, PROXY_HEAD_MAX
+ *   a name server that lies or hangs                names are looked up in a child behind walls of its own, RESOLVE_MS
+ *   a worker that was taken over                    SANDBOX: user, empty root, seccomp, Landlock; the key table is read-only
+ *                                                   there and holds digests. The certificate's key is within its reach
  */
 
 #define _GNU_SOURCE
@@ -102,9 +113,11 @@ static struct config config;
 
 /* ============================================================================================================= *
  * BASICS
- * Owns: slices, bounded writers, number parsing, constant-time compare, wiping, clocks, random bytes
+ * Owns: slices, bounded writers and their printf, number parsing, constant-time compare, wiping, clocks, random bytes,
+ *       mappings, pools, whole files, the keyed hash; libc's malloc, as an arena
  * Calls: libc
- * Promises: nothing here allocates; a writer never passes its end; parsers take all of their input or nothing
+ * Promises: memory comes from mmap and from the arena, at start or in a child; a writer never passes its end; parsers take
+ *           all of their input or nothing
  * Never: logs
  * ============================================================================================================= */
 
@@ -139,8 +152,8 @@ __memset_chk(void *to, int byte, size_t n, size_t room)
 	return memset(to, byte, n);
 }
 
-/* All the memory that libc can ask for: its resolver, setenv() and realpath() do, before serving starts or in a child. What
- * was taken last can be given back. Defined here, nothing of libc's own allocator is linked. */
+/* All the memory that libc can ask for: its resolver, setenv(), strdup() and upgrade_checks() do, before serving starts, in a
+ * child or in the supervisor. What was taken last can be given back. Defined here, nothing of libc's own allocator is linked. */
 enum { ARENA = 256 << 10, ALIGN = 16 };
 static _Alignas(ALIGN) char arena[ARENA];
 static size_t arena_used;
@@ -640,7 +653,7 @@ map_new(size_t n, int flags)
 static struct pool
 pool_new(size_t max, size_t each)
 {
-	return (struct pool){map_new(max * each, MAP_PRIVATE), each, max, 0, max, NULL};
+	return (struct pool){map_new(max * each, MAP_PRIVATE), each, 0, max, NULL};
 }
 
 /* A place, or NULL: all are in use. */
@@ -711,6 +724,23 @@ file_forget(struct file *f)
 	wipe(f->p, f->n);
 	munmap(f->p, f->mapped);
 	f->p = NULL;
+}
+
+static bool
+stat_same(const struct stat *a, const struct stat *b)
+{
+	return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
+/* Opens the directory that a path lies in. */
+static int
+directory_open(const char *path)
+{
+	char directory[PATH_MAX];
+	const char *slash = strrchr(path, '/');
+
+	text_print(directory, sizeof directory, "%.*s", slash == NULL ? 1 : (int)(slash - path + 1), slash == NULL ? "." : path);
+	return open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
 /* Reads all of an open file, up to `max` bytes. NULL, or what is wrong. */
@@ -1237,10 +1267,12 @@ log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn
 
 /* ============================================================================================================= *
  * CONFIG
- * Owns: the options table, which drives parsing, the environment, --help and check; the frozen configuration
+ * Owns: the options table, which drives parsing, the environment and --help; the frozen configuration; addresses,
+ *       networks and secrets as they are written
  * Calls: BASICS
  * Promises: a bad value is one sentence that says what is wrong and how to mend it; the command line wins
- * Never: changes the configuration after start
+ * Never: changes the configuration after start. Others do so in three places, each before the fork that it is for or in the
+ *        process that it is for: supervisor_descriptors(), supervisor_resolved(), sandbox_upstream()
  * ============================================================================================================= */
 
 enum option_kind { O_TEXT, O_LISTEN, O_UPSTREAM, O_TRUST, O_USER, O_COUNT, O_BURST, O_DURATION, O_RATE, O_FORMAT };
@@ -1355,7 +1387,7 @@ addr_split(const char *text, char *host, const char **port, struct mistake *m)
 	return true;
 }
 
-/* One address, when it is written as one and not as a name; then *n stays 0, and address_find() looks for it later. */
+/* One address, when it is written as one and not as a name; then *n becomes 0, and names_find() looks for it later. */
 static bool
 addr_read(const char *text, struct addr *a, unsigned *n, bool passive, struct mistake *m)
 {
@@ -1726,12 +1758,21 @@ secret_hashed(struct slice secret)
 	return secret.n >= 7 && memcmp(secret.p, "sha256:", 7) == 0;
 }
 
+static void
+sha256_of(struct slice s, unsigned char digest[32])
+{
+	br_sha256_context sha;
+
+	br_sha256_init(&sha);
+	br_sha256_update(&sha, s.p, s.n);
+	br_sha256_out(&sha, digest);
+	wipe(&sha, sizeof sha);
+}
+
 /* Digest of a secret as it is written in a keys file or in TINYAUTH_KEY: the key itself, or sha256: and its digest. */
 static bool
 secret_read(struct slice secret, unsigned char digest[32], struct mistake *m)
 {
-	br_sha256_context sha;
-
 	if (secret_hashed(secret))
 		return (secret.n == 7 + 64 && hex_read(digest, slice_from(secret, 7))) ||
 		       mistake_is(m, "sha256: must be followed by 64 hex digits; make the line anew with 'tinyauth key add'");
@@ -1740,10 +1781,7 @@ secret_read(struct slice secret, unsigned char digest[32], struct mistake *m)
 	for (size_t i = 0; i < secret.n; i++)
 		if (secret.p[i] <= ' ' || secret.p[i] >= 0x7f)
 			return mistake_is(m, "the secret holds a byte that is not visible ASCII; replace it");
-	br_sha256_init(&sha);
-	br_sha256_update(&sha, secret.p, secret.n);
-	br_sha256_out(&sha, digest);
-	wipe(&sha, sizeof sha);
+	sha256_of(secret, digest);
 	return true;
 }
 
@@ -1785,7 +1823,6 @@ config_default_keys(struct config *cfg)
 {
 	static const char *const PLACES[] = {"keys", "/etc/tinyauth/keys"};
 
-	cfg->keys_given = cfg->keys != NULL;
 	for (size_t i = 0; cfg->keys == NULL && i < LENGTH(PLACES); i++)
 		if (access(PLACES[i], F_OK) == 0)
 			cfg->keys = PLACES[i];
@@ -1864,7 +1901,7 @@ config_help(int to)
 /* ============================================================================================================= *
  * KEYS
  * Owns: the keys file's grammar, the published key table (two halves and an index)
- * Calls: BASICS, CONFIG (secret_read)
+ * Calls: BASICS, CONFIG (secrets, mistakes)
  * Promises: a file with any error is refused whole, each bad line named; a look-up costs the same whatever the secret
  * Never: logs or keeps a secret: digests only, and the file's bytes are wiped once read
  * ============================================================================================================= */
@@ -2221,10 +2258,11 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 
 /* ============================================================================================================= *
  * TABLE
- * Owns: the shared mapping: rates and open connections by address; later in-flight counts and usage
+ * Owns: the shared mapping, anonymous or in --state's file: rates and open connections by address; later in-flight counts
+ *       and usage. The mapping of TLS sessions
  * Calls: BASICS
  * Promises: a process killed anywhere leaves it usable; an address is limited across all workers
- * Never: takes a lock
+ * Never: takes a lock while serving: those on --state's file guard its beginning, and tell which rows have a process
  * ============================================================================================================= */
 
 static size_t
@@ -2269,8 +2307,8 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 	return NULL;
 }
 
-/* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is broken, of another version or too small is set
- * aside as FILE.old, and *aside tells. */
+/* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is
+ * broken, of another version or too small is set aside as FILE.old, and *aside tells. */
 static struct table *
 table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int *fd, bool *aside)
 {
@@ -2285,7 +2323,7 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 			die(EX_CONFIG, "%s: cannot be opened for the shared table: %s; name another with --state", path, strerror(errno));
 		if (!S_ISREG(st.st_mode))
 			die(EX_CONFIG, "%s: is not a regular file; name another with --state", path);
-		bool same = stat(path, &named) == 0 && named.st_ino == st.st_ino && named.st_dev == st.st_dev;
+		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
 		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
 			break;
 		text_print(old, sizeof old, "%s.old", path);
@@ -2553,12 +2591,12 @@ sessions_get(struct sessions *t, uint64_t epoch, uint64_t word[SESSION_WORDS], u
 
 /* ============================================================================================================= *
  * HTTP
- * Owns: head parser, head rewriter, body framing, error bodies. Numbers such as [r8] are the rules of the manual's
- *       list "what is taken and what is refused"
- * Calls: BASICS
+ * Owns: head parser, head rewriter, body framing, error bodies, PROXY headers, where in a head the credential stands.
+ *       Numbers such as [r8] are the rules of the manual's list "what is taken and what is refused"
+ * Calls: BASICS, CONFIG (addresses, trusted networks)
  * Promises: pure functions over the bytes they are given; what two parsers could read differently is refused at the
  *           first byte that shows it; whole input and the same input byte by byte end alike
- * Never: sees a descriptor, a clock or a key
+ * Never: sees a descriptor, a clock or the key table
  * ============================================================================================================= */
 
 enum { C_TOKEN = 1, C_VALUE = 2, C_TARGET = 4, C_HOST = 8, C_UPPER = 16 };
@@ -3478,11 +3516,25 @@ body_end(struct body *b, struct slice *tail)
 /* ---- rewriting ----------------------------------------------------------------------------------------------- */
 
 static void
-put_field(struct out *o, const char *name, struct slice value)
+put_pair(struct out *o, struct slice name, struct slice value)
 {
-	out_text(o, name);
+	out_slice(o, name);
 	out_bytes(o, ": ", 2);
 	out_slice(o, value);
+	out_bytes(o, "\r\n", 2);
+}
+
+static void
+put_field(struct out *o, const char *name, struct slice value)
+{
+	put_pair(o, slice_of(name), value);
+}
+
+static void
+put_length(struct out *o, uint64_t n)
+{
+	out_text(o, "Content-Length: ");
+	out_number(o, n);
 	out_bytes(o, "\r\n", 2);
 }
 
@@ -3582,20 +3634,13 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 	put_field(o, "Host", to->host);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
-		if (!head_passes(h, f))
-			continue;
-		out_slice(o, f->name);
-		out_bytes(o, ": ", 2);
-		out_slice(o, f->value);
-		out_bytes(o, "\r\n", 2);
+		if (head_passes(h, f))
+			put_pair(o, f->name, f->value);
 	}
 	if (h->chunked)
 		put_field(o, "Transfer-Encoding", S("chunked"));
-	else if (h->has_length || head_wants_length(h)) {
-		out_text(o, "Content-Length: ");
-		out_number(o, h->length);
-		out_bytes(o, "\r\n", 2);
-	}
+	else if (h->has_length || head_wants_length(h))
+		put_length(o, h->length);
 	if (h->expect_continue && h->minor == 1)
 		put_field(o, "Expect", S("100-continue"));
 	if (h->te_trailers && !to->close)
@@ -3652,11 +3697,8 @@ answer_framing(const struct head *h, const struct body *b, uint8_t client_minor,
 		return;
 	if (chunks && client_minor == 1 && h->status != 304)   /* some clients wait for the chunks of a 304 */
 		put_field(o, "Transfer-Encoding", S("chunked"));
-	else if (h->has_length) {
-		out_text(o, "Content-Length: ");
-		out_number(o, h->length);
-		out_bytes(o, "\r\n", 2);
-	}
+	else if (h->has_length)
+		put_length(o, h->length);
 }
 
 /* Writes a response head anew for the client; `connection` is what Connection tells, or empty. [r29] */
@@ -3673,12 +3715,8 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 		const struct field *f = &h->field[i];
 		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
 		            f->id == F_CONNECTION || f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
-		if (ours || head_option_names(h, f->name))
-			continue;
-		out_slice(o, f->name);
-		out_bytes(o, ": ", 2);
-		out_slice(o, f->value);
-		out_bytes(o, "\r\n", 2);
+		if (!ours && !head_option_names(h, f->name))
+			put_pair(o, f->name, f->value);
 	}
 	answer_framing(h, b, client_minor, o);
 	if (h->status == 101)
@@ -3876,9 +3914,8 @@ answer_own(const struct verdict *v, struct out *o)
 		put_field(o, "Connection", S("close"));
 	else if (v->keep_alive)
 		put_field(o, "Connection", S("keep-alive"));
-	out_text(o, "Content-Length: ");
-	out_number(o, body.n);
-	out_text(o, "\r\n\r\n");
+	put_length(o, body.n);
+	out_bytes(o, "\r\n", 2);
 	if (!v->head_method)
 		out_bytes(o, body.p, body.n);
 }
@@ -4093,7 +4130,7 @@ head_credential(const struct head *h)
 /* ============================================================================================================= *
  * LINK
  * Owns: the descriptors of a connection; all of BearSSL's TLS; certificates and their keys
- * Calls: BASICS, CONFIG (mistakes), TABLE (sessions)
+ * Calls: BASICS, LOG (dates), CONFIG (mistakes), TABLE (sessions), HTTP (base64, classes of bytes)
  * Promises: never waits; EINTR is nobody else's business; what was written is told as written when the kernel has it,
  *           in plain and in TLS; one record is read ahead at most
  * Never: lets a TLS type out
@@ -4460,7 +4497,6 @@ pair_matches(struct tls_pair *t, const char *path, struct mistake *m)
 {
 	unsigned char public[TLS_RSA_MAX], digest[32];
 	struct slice ours = {(char *)public, 0}, theirs = t->public;
-	br_sha256_context sha;
 
 	if (t->ec.curve != 0)
 		ours.n = br_ec_compute_pub(pair_curve(t), NULL, public, &t->ec);
@@ -4473,9 +4509,7 @@ pair_matches(struct tls_pair *t, const char *path, struct mistake *m)
 	}
 	if (!slice_equal(ours, theirs))
 		return mistake_is(m, "%s: the key is not that of the certificate; name the pair that belongs together", path);
-	br_sha256_init(&sha);
-	br_sha256_update(&sha, ours.p, ours.n);
-	br_sha256_out(&sha, digest);
+	sha256_of(ours, digest);
 	memcpy(&t->epoch, digest, sizeof t->epoch);
 	return true;
 }
@@ -4914,7 +4948,7 @@ link_poll(const struct link *l, short *events)
 	return *events == 0 ? -1 : *events == POLLOUT ? l->out : l->fd;
 }
 
-/* What came first, without taking it, and the taking. */
+/* What came first, without taking it. Of plain links, and of TLS ones before link_secure(). */
 static ssize_t
 link_peek(struct link *l, char *p, size_t room)
 {
@@ -5069,7 +5103,7 @@ link_write(struct link *l, const char *p, size_t n)
 	return l->tls != NULL ? tls_write(l, p, n) : socket_write(l, p, n);
 }
 
-/* Reads on without looking at what comes. */
+/* Takes bytes off the socket without looking at them: of a TLS link, records that nobody will decrypt. */
 static ssize_t
 link_discard(struct link *l, char *waste, size_t room)
 {
@@ -5129,7 +5163,8 @@ link_rest(struct link *l)
 	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) || t->owed != 0 ||
 	    br_ssl_engine_recvrec_buf(&t->sc.eng, &need) != t->in)   /* the beginning of a record, or bytes that nobody took */
 		return;
-	madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED);
+	if (madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED) != 0)
+		return;                      /* pages larger than PAGE: nothing went, and all of it is still to be wiped */
 	t->most_in = t->most_in < TLS_KEEP ? t->most_in : TLS_KEEP;
 	t->most_out = 0;
 }
@@ -5154,7 +5189,7 @@ link_close(struct link *l, bool reset)
 /* ============================================================================================================= *
  * CONN
  * Owns: one client connection: state table, two one-way pipes, admission, the end
- * Calls: BASICS, LOG, KEYS, TABLE, HTTP, LINK
+ * Calls: BASICS, LOG, CONFIG (addresses, trusted networks), KEYS, TABLE, HTTP, LINK
  * Promises: no byte goes upstream before conn_admit() said yes to the request that it belongs to; an upstream connection
  *           serves one client connection and dies with it
  * Never: closes anything outside conn_close() but its own upstream link
@@ -5432,6 +5467,8 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
+	if (w->stopping && c->state == S_IDLE && c->deadline_ns > w->now_ns + STOP_IDLE_MS * NS_PER_MS)
+		c->deadline_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
 	if (c->state == S_SEND) {
 		c->request->idle_ns = c->deadline_ns;
 		if (c->request->stretch_ns < c->deadline_ns)
@@ -5752,12 +5789,8 @@ conn_authenticate(struct worker *w, struct conn *c)
 	const struct head *h = &w->head;
 	struct slice secret = head_credential(h), worn[] = {h->authorization, h->x_api_key, h->api_key};
 	unsigned char digest[32];
-	br_sha256_context sha;
 
-	br_sha256_init(&sha);
-	br_sha256_update(&sha, secret.p, secret.n);
-	br_sha256_out(&sha, digest);
-	wipe(&sha, sizeof sha);
+	sha256_of(secret, digest);
 	for (size_t i = 0; i < LENGTH(worn); i++)
 		if (worn[i].n > 0)
 			wipe((char *)(uintptr_t)worn[i].p, worn[i].n);
@@ -5859,6 +5892,7 @@ step_tls(struct worker *w, struct conn *c)
 	}
 	if (c->refused != R_NONE)
 		return conn_turn_away(w, c, c->refused);
+	link_rest(&c->client);
 	conn_enter(w, c, S_OPEN);
 	return STEP_AGAIN;
 }
@@ -5958,7 +5992,8 @@ conn_forward(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 	struct out o = pipe_build(w, &c->req);
-	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = c->client.tls != NULL || (c->trusted && head_forwarded_https(&w->head)) ? S("https") : S("http"),
+	bool https = c->client.tls != NULL || (c->trusted && head_forwarded_https(&w->head));
+	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = https ? S("https") : S("http"),
 	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head), .close = head_hides_body(&w->head)};
 
 	r->upgrade = to.upgrade;
@@ -6001,7 +6036,7 @@ step_head(struct worker *w, struct conn *c)
 	}
 	if (c->req.raw < c->req.end && c->state != S_HEAD) {
 		if (c->state == S_OPEN)
-			c->state = S_HEAD;   /* the time counts from accept */
+			c->state = S_HEAD;   /* the time counts from the begin of S_OPEN: accept, or the handshake's end */
 		else
 			conn_enter(w, c, S_HEAD);
 	}
@@ -6416,8 +6451,9 @@ conn_late(struct worker *w, struct conn *c)
 
 /* ============================================================================================================= *
  * SANDBOX
- * Owns: what a process may not do any more: user, root directory, limits, Landlock, seccomp
- * Calls: BASICS, CONFIG (the user, the upstream's port)
+ * Owns: what a process may not do any more: user, root directory, limits, Landlock, seccomp; the looking up of names, which
+ *       is done in a child of that kind
+ * Calls: BASICS, CONFIG (the user, the upstream, addresses)
  * Promises: a process that serves cannot open, execute, fork, trace or become root; what the kernel lacks is told
  * Never: lets a worker of a server that was started as root serve as root
  * ============================================================================================================= */
@@ -6426,7 +6462,7 @@ static const struct { unsigned wall; const char *name; } WALLS[] = {
 	{WALL_USER, "user"}, {WALL_ROOT, "chroot"}, {WALL_PRIVILEGES, "no_new_privs"}, {WALL_SECCOMP, "seccomp"},
 	{WALL_FILES, "landlock_files"}, {WALL_CONNECT, "landlock_connect"}};
 
-/* The walls by name, and user and group: `65534:65534 user,chroot,seccomp`. */
+/* The walls by name: `user,chroot,seccomp`, or `none`. */
 static void
 out_walls(struct out *o, unsigned walls)
 {
@@ -6542,6 +6578,7 @@ static const struct { unsigned number : 24, roles : 8; } CALLS[] = {
 
 /* What else must hold of a worker's calls: argument & mask == value. `high`: of the upper half of an argument. */
 static const struct { int number; unsigned argument; bool high; uint32_t mask, value; } RULES[] = {
+	{SYS_socket, 0, false, AF_UNIX, 0},            /* first: left out when the upstream is a unix socket */
 	{SYS_socket, 0, false, ~(uint32_t)(AF_UNIX | AF_INET | AF_INET6), 0},
 	{SYS_socket, 1, false, ~(uint32_t)(SOCK_NONBLOCK | SOCK_CLOEXEC), SOCK_STREAM},
 	{SYS_socket, 2, false, UINT32_MAX, 0},         /* TCP, not MPTCP, which Landlock lets through */
@@ -6589,7 +6626,7 @@ sandbox_seccomp(unsigned role)
 	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARCH};
 	step[n++] = (struct filter_step){IF_EQUAL, 1, 0, AUDIT_ARCH};
 	step[n++] = (struct filter_step){RETURN, 0, 0, KILL_PROCESS};
-	for (size_t i = 0; i < LENGTH(RULES) && role == FOR_WORKER; i++) {
+	for (size_t i = config.upstream.addr[0].ss.ss_family == AF_UNIX; i < LENGTH(RULES) && role == FOR_WORKER; i++) {
 		step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_NUMBER};
 		step[n++] = (struct filter_step){IF_EQUAL, 0, 4, (uint32_t)RULES[i].number};
 		step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARGUMENTS + 8 * RULES[i].argument + 4 * RULES[i].high};
@@ -6712,17 +6749,15 @@ sandbox_capabilities(void)
 static unsigned
 sandbox_worker(int root)
 {
-	unsigned walls = 0;
-	bool privileged = geteuid() == 0;
+	unsigned walls = geteuid() == 0 ? WALL_USER : 0;
 
-	if (privileged && root >= 0 && fchdir(root) == 0 && chroot(".") == 0 && chdir("/") == 0)
+	if (walls != 0 && root >= 0 && fchdir(root) == 0 && chroot(".") == 0 && chdir("/") == 0)
 		walls |= WALL_ROOT;
 	if (root >= 0)
 		close(root);
 	if (!sandbox_user())
 		die(EX_NOPERM, "cannot become user %llu, group %llu: %s; give another --user", (unsigned long long)config.uid,
 		    (unsigned long long)config.gid, strerror(errno));
-	walls |= privileged ? WALL_USER : 0;
 	sandbox_undumpable();
 	sandbox_capabilities();
 	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
@@ -6843,17 +6878,13 @@ sandbox_directory(void)
 {
 	static const char *const MADE[] = {"/run", "/tmp", "/dev/shm", "/"};
 	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
-	char path[sizeof un->sun_path + 32];
+	char path[64];
 	struct stat st;
 
 	if (geteuid() != 0)
 		return -1;
-	if (un->sun_family == AF_UNIX) {
-		const char *slash = strrchr(un->sun_path, '/');
-		text_print(path, sizeof path, "%.*s", slash == NULL ? 1 : (int)(slash - un->sun_path + 1),
-		    slash == NULL ? "." : un->sun_path);
-		return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	}
+	if (un->sun_family == AF_UNIX)
+		return directory_open(un->sun_path);
 	int fd = open("/var/empty", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (fd >= 0 && fstat(fd, &st) == 0 && st.st_uid == 0 && (st.st_mode & 022) == 0 && st.st_nlink == 2)
 		return fd;
@@ -6897,8 +6928,8 @@ addrs_sort(struct addr *list, size_t n)
 		}
 }
 
-/* `forget` lets go of what the child must not have. Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
- * else. Exit status: 0, or the positive number of getaddrinfo's error. */
+/* Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
+ * else. `forget` lets go of what the child must not have. Exit status: 0, or the positive number of getaddrinfo's error. */
 __attribute__((noreturn)) static void
 name_child(const char *text, bool passive, int to, void (*forget)(void *), void *of)
 {
@@ -7004,8 +7035,8 @@ names_find(int failure)
 
 /* ============================================================================================================= *
  * WORKER
- * Owns: the connection pool, the loop around poll, the drain
- * Calls: BASICS, LOG, LINK, CONN
+ * Owns: the connection pool, the loop around poll, who is turned away at the door, the drain
+ * Calls: BASICS, LOG, CONFIG (trusted networks), TABLE, HTTP (an answer at the door), LINK, CONN, SANDBOX
  * Promises: all memory is mapped in worker_map(); one clock look and at most one log write a turn
  * Never: waits anywhere but in poll
  * ============================================================================================================= */
@@ -7062,6 +7093,7 @@ worker_hurry_idle(struct worker *w)
 {
 	uint64_t end_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
 
+	w->stopping = true;
 	for (size_t i = 0; i < w->conns.fresh; i++) {
 		struct conn *c = conn_at(w, i);
 		if ((c->state == S_IDLE || c->state == S_OPEN || c->state == S_NEW) && c->deadline_ns > end_ns)
@@ -7071,7 +7103,9 @@ worker_hurry_idle(struct worker *w)
 		w->sweep_ns = end_ns;
 }
 
-/* A word from the supervisor: D, drain; T, drain because the server stops; X, end at once; P, answer; L and a descriptor, the new log. Its end: it is gone. */
+/* A word from the supervisor: D, drain; T, drain because the server stops; X, end at once; P, answer with the same; L and a
+ * descriptor, the new log. Its end: it is gone. What a worker says: S, it serves; P; R, the upstream's name should be
+ * looked up. */
 static void
 worker_control(struct worker *w)
 {
@@ -7303,7 +7337,7 @@ worker_turn_away(struct worker *w, int fd, const struct sockaddr_storage *peer, 
 	else
 		answer_own(&v, &o);
 	recv(fd, w->scratch[0][0], BUF_SIZE, MSG_DONTWAIT);
-	send(fd, o.p, o.n, MSG_NOSIGNAL);
+	(void)!write(fd, o.p, o.n);          /* under -i it may be a pipe */
 	shutdown(fd, SHUT_WR);
 	close(fd);
 }
@@ -7502,10 +7536,12 @@ worker_run(struct worker *w)
 
 /* ============================================================================================================= *
  * SUPERVISOR
- * Owns: listeners, children, generations, signals; publishes the keys; hands everything over to a new binary
- * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, WORKER
- * Promises: a dead worker is replaced; a bad keys file leaves the old keys in force; an upgrade loses no connection
- * Never: reads a client's byte
+ * Owns: listeners, children, generations, signals; publishes the keys; renews the certificate and the upstream's addresses;
+ *       speaks to the service manager; hands everything over to a new binary. Also -i, which has no supervisor
+ * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, LINK (certificates), CONN (under -i), SANDBOX, WORKER
+ * Promises: a dead worker is replaced; a bad keys file or certificate leaves the old one in force; an upgrade loses no
+ *           connection
+ * Never: reads a client's byte, but under -i, where this process is the worker
  * ============================================================================================================= */
 
 static volatile sig_atomic_t signal_hup, signal_usr1, signal_usr2, signal_stop, signal_child;
@@ -7700,6 +7736,14 @@ child_tell(const struct child *child, char word, int fd)
 	sendmsg(child->control, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
+static void
+children_tell(const struct supervisor *s, char word, int fd)
+{
+	for (size_t i = 0; i < CHILDREN_MAX; i++)
+		if (s->child[i].pid != 0)
+			child_tell(&s->child[i], word, fd);
+}
+
 /* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
 __attribute__((noreturn)) static void
 child_run(const struct supervisor *s, int control, struct conn_row *row)
@@ -7710,12 +7754,11 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			close(s->child[i].control);
-	if (s->keys_fd >= 0)
-		close(s->keys_fd);
-	if (s->table_fd >= 0 && config.state == NULL)
+	close(s->keys_fd);                   /* -1, where there is none, closes nothing */
+	close(s->sessions_fd);
+	close(s->notify);
+	if (config.state == NULL)
 		close(s->table_fd);
-	if (s->sessions_fd >= 0)
-		close(s->sessions_fd);
 	w->log = s->log;
 	w->log->n = w->log->dropped = 0;
 	w->keys = s->keys;
@@ -7730,8 +7773,6 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	memcpy(w->secure, s->secure, sizeof w->secure);
-	if (s->notify >= 0)
-		close(s->notify);
 	worker_ready(w, s->root, s->walls);
 	worker_run(w);
 	pair_forget(s->pair);
@@ -7785,12 +7826,13 @@ supervisor_drain_children(struct supervisor *s, char word)
 		}
 }
 
-/* A new generation on the same sockets; the old one, if there is one, drains. */
+/* A new generation on the same sockets; the old one, if there is one, drains. None once the server stops: it would have no
+ * sockets, hear no T and keep the supervisor waiting. */
 static void
 supervisor_generation(struct supervisor *s)
 {
 	supervisor_drain_children(s, 'D');
-	for (uint64_t slot = 0; slot < config.workers; slot++)
+	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		supervisor_spawn(s, (int)slot);
 }
 
@@ -8083,18 +8125,16 @@ upgrade_expose(const struct supervisor *s, bool shown)
 {
 	int flags = shown ? 0 : FD_CLOEXEC;
 
-	if (s->keys_fd >= 0)
-		fcntl(s->keys_fd, F_SETFD, flags);
-	if (s->table_fd >= 0)
-		fcntl(s->table_fd, F_SETFD, flags);
-	if (s->sessions_fd >= 0)
-		fcntl(s->sessions_fd, F_SETFD, flags);
+	fcntl(s->keys_fd, F_SETFD, flags);   /* of -1, where there is none, nothing */
+	fcntl(s->table_fd, F_SETFD, flags);
+	fcntl(s->sessions_fd, F_SETFD, flags);
 	for (size_t i = 0; i < CHILDREN_MAX; i++)
 		if (s->child[i].pid != 0)
 			fcntl(s->child[i].control, F_SETFD, flags);
 }
 
-/* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own and the sandbox is closed, and `pid:control:slot:row` of each child. */
+/* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own and the sandbox is closed, and
+ * `pid:control:slot:row` of each child. */
 static bool
 upgrade_environment(const struct supervisor *s)
 {
@@ -8191,7 +8231,7 @@ supervisor_inherit(struct supervisor *s)
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
 	s->table = inherit_map(table_fd, TABLE_MAGIC, &mapped);
-	if (s->table != NULL && (s->table->conns != config.max_conns || table_size(s->table->rows, s->table->conns) != mapped)) {
+	if (s->table != NULL && (s->table->conns < config.max_conns || table_size(s->table->rows, s->table->conns) != mapped)) {
 		munmap(s->table, mapped);    /* of another geometry: begun anew; the old workers count for themselves */
 		close(table_fd);
 		s->table = NULL;
@@ -8272,7 +8312,7 @@ supervisor_notify_open(struct supervisor *s)
 		s->watchdog_ns = us * 1000 / 2;
 }
 
-/* What workers said since the last look: that they live, or that the upstream could not be reached. */
+/* What workers said since the last look: that they serve, live, or could not reach the upstream. */
 static void
 supervisor_hear(struct supervisor *s)
 {
@@ -8413,9 +8453,7 @@ supervisor_reopen_log(struct supervisor *s)
 			log_failure(s->log, "log_not_reopened", "the log file cannot be opened; the old one goes on", errno);
 			return;
 		}
-		for (size_t i = 0; i < CHILDREN_MAX; i++)
-			if (s->child[i].pid != 0)
-				child_tell(&s->child[i], 'L', fd);
+		children_tell(s, 'L', fd);
 		log_close(s->log);
 		log_take(s->log, fd, true);
 	}
@@ -8444,9 +8482,7 @@ static void
 supervisor_hurry(struct supervisor *s)
 {
 	s->kill_ns = s->now_ns + HURRY_MS * NS_PER_MS;
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			child_tell(&s->child[i], 'X', -1);
+	children_tell(s, 'X', -1);
 }
 
 static bool
@@ -8719,7 +8755,7 @@ same_file(int a, int b)
 {
 	struct stat x, y;
 
-	return fstat(a, &x) == 0 && fstat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+	return fstat(a, &x) == 0 && fstat(b, &y) == 0 && stat_same(&x, &y);
 }
 
 /* inetd makes the connection stderr as well: what we say there must not reach the client. True: there is no stderr now. */
@@ -8772,7 +8808,7 @@ inetd_run(void)
 	bool secure = w->pair != NULL && peer.ss_family != AF_UNIX;
 	enum reason refused = worker_admits(w, &peer, secure, &heard);
 	if (refused != R_NONE)
-		worker_turn_away(w, in, &peer, refused, secure, heard);
+		worker_turn_away(w, out, &peer, refused, secure, heard);
 	if (refused == R_NONE || heard) {
 		struct conn *c = conn_open(w, in, out, &peer, secure);
 		c->refused = (uint8_t)refused;
@@ -8791,8 +8827,8 @@ inetd_run(void)
 
 /* ============================================================================================================= *
  * COMMANDS
- * Owns: check, key add, key rotate, key rm, key list
- * Calls: BASICS, CONFIG, KEYS
+ * Owns: check, check --url, key add, key rotate, key rm, key list
+ * Calls: BASICS, LOG (dates), CONFIG, KEYS, LINK (certificates), SANDBOX, SUPERVISOR (what a start looks at first)
  * Promises: the keys file changes as a whole or not at all, keeps owner and mode, and has one writer at a time
  * Never: prints a secret but the one it just made, and never stores that one
  * ============================================================================================================= */
@@ -8816,7 +8852,7 @@ edit_lock(struct edit *e)
 			die(EXIT_FAILURE, "%s: cannot be opened for writing: %s", e->path, strerror(errno));
 		if (flock(e->fd, LOCK_EX) != 0 || fstat(e->fd, &held) != 0)
 			die(EXIT_FAILURE, "%s: cannot be locked: %s", e->path, strerror(errno));
-		if (stat(e->path, &named) == 0 && named.st_ino == held.st_ino && named.st_dev == held.st_dev)
+		if (stat(e->path, &named) == 0 && stat_same(&named, &held))
 			return;
 		close(e->fd);
 	}
@@ -8881,12 +8917,8 @@ edit_open(struct edit *e)
 static void
 sync_directory(const char *path)
 {
-	char directory[PATH_MAX];
-	const char *slash = strrchr(path, '/');
-	int fd;
+	int fd = directory_open(path);
 
-	text_print(directory, sizeof directory, "%.*s", slash == NULL ? 1 : (int)(slash - path + 1), slash == NULL ? "." : path);
-	fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (fd >= 0) {
 		fsync(fd);
 		close(fd);
@@ -9233,11 +9265,12 @@ probe_read(const char *url, struct addr *a, struct slice *path)
 		rest = slice_from(rest, scheme.n);
 	else if (strncmp(url, "unix:", 5) != 0)
 		die(EX_USAGE, "check --url: '%s' is not http://HOST[:PORT][/PATH], https://... or unix:PATH", url);
-	const char *slash = strncmp(url, "unix:", 5) == 0 ? NULL : memchr(rest.p, '/', rest.n);
+	bool local = strncmp(url, "unix:", 5) == 0;
+	const char *slash = local ? NULL : memchr(rest.p, '/', rest.n);
 	struct slice authority = {rest.p, slash == NULL ? rest.n : (size_t)(slash - rest.p)};
 	if (slash != NULL && rest.p + rest.n - slash > 1)
 		*path = slice_from(rest, authority.n);
-	bool port = slash == NULL && strncmp(url, "unix:", 5) == 0 ? true : memrchr(authority.p, ':', authority.n) != NULL && authority.p[authority.n - 1] != ']';
+	bool port = local || (memrchr(authority.p, ':', authority.n) != NULL && authority.p[authority.n - 1] != ']');
 	text_print(host, sizeof host, "%.*s%s", (int)(authority.n < sizeof host - 5 ? authority.n : sizeof host - 5), authority.p,
 	    port ? "" : scheme.n == 8 ? ":443" : ":80");
 	if (!addr_read(host, a, &n, false, &m))

@@ -63,9 +63,10 @@ enum {
 	TLS_RECORD = 16384,          /* plain bytes of a record at most */
 	TLS_RSA_MAX = 512,           /* bytes of an RSA modulus: 4096 bits, the most that BearSSL computes with */
 	TLS_WARN_DAYS = 14,          /* a certificate that ends sooner is warned about, once a day */
-	HANDSHAKE_MS = 10000,        /* for a TLS handshake, from accept */
+	HANDSHAKE_MS = 10000,        /* for a TLS handshake, from accept or the end of a PROXY header */
 
-	ROWS_PER_WORKER = 8,         /* rows of open connections: a worker that serves, and generations that drain */
+	ROWS_PER_WORKER = 8,         /* rows of open connections: a worker that serves, and generations that drain; a worker that
+	                              * finds none goes uncounted by --ip-conns */
 
 	STRETCH_MS = 30000,          /* a request body is looked at over so long */
 	STRETCH_BYTES = 30 << 10,    /* and cut when fewer bytes came */
@@ -97,7 +98,7 @@ enum {
 	ACCEPT_PAUSE_MS = 100,       /* no accepting for so long when descriptors or memory ran out */
 	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
 	LOG_RETRY_MS = 200,          /* a log that could not be written is tried again after so long */
-	WATCH_MS = 1000,             /* time between two looks at the keys file */
+	WATCH_MS = 1000,             /* time between two looks at the keys file, the certificate and its key */
 	STOP_IDLE_MS = 5000,         /* when the server stops: for the next request of an idle connection */
 	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
@@ -125,7 +126,7 @@ struct out {
 /* Places of one size. They are mapped at start, and touched only when they are used for the first time. */
 struct pool {
 	char *mem;
-	size_t each, max;
+	size_t each;                 /* bytes of one */
 	size_t fresh;                /* places that were never used begin here */
 	size_t left;                 /* places that can be taken */
 	void *given;                 /* those that came back, each beginning with the address of the next */
@@ -323,10 +324,9 @@ struct upstream {
 	bool named;                  /* by a name, which is looked up again now and then */
 };
 
-/* Frozen once serving starts. Times in ms. */
+/* Frozen once serving starts, but that the supervisor may give the next workers other upstream addresses. Times in ms. */
 struct config {
 	const char *keys;            /* path, or NULL: none given and none of the default ones exists */
-	bool keys_given;
 	bool env_key;                /* TINYAUTH_KEY was set; its digest follows */
 	unsigned char env_digest[32];
 	struct addr listen[LISTEN_MAX];
@@ -478,19 +478,19 @@ struct worker {
 	struct pool bufs;            /* twice as many pipe buffers */
 	struct conn polled;          /* head of the ring of connections in the poll set */
 	struct conn waiting;         /* head of the ring of those that give way, oldest behind `young` */
-	struct pollfd *pfd;
-	struct conn **ready;
-	struct epoll_event *event;
+	struct pollfd *pfd;          /* control, epoll set, listeners, then two a connection that is polled */
+	struct conn **ready;         /* to be stepped in this turn, or to go on in the next */
+	struct epoll_event *event;   /* what the epoll set told */
 	char *scratch[2][2];         /* per direction: one that bytes are read into, one to build a head in */
 	uint64_t now_ns;             /* CLOCK_MONOTONIC, read once a turn */
 	uint64_t wall_ms;            /* CLOCK_REALTIME, likewise; for the log only */
-	uint64_t turn;
+	uint64_t turn;               /* its number */
 	uint64_t sweep_ns;           /* no deadline lies before this */
 	uint64_t accept_ns;          /* no accepting before this */
 	uint64_t drain_ns;           /* when draining: the end of it */
 	uint64_t random[2], ids;     /* for request ids: key and counter */
 	size_t used;                 /* connections open */
-	size_t pollfds, readies;
+	size_t pollfds, readies;     /* entries in use of pfd, of ready */
 	const struct tls_pair *pair; /* NULL: all listeners are plain */
 	struct sessions *sessions;
 	struct tls *tls;             /* of that pair, for all TLS links */
@@ -500,13 +500,14 @@ struct worker {
 	int control;                 /* from the supervisor; its end means that it is gone */
 	int epoll;                   /* -1: none, all go in the poll set */
 	bool draining;
+	bool stopping;               /* the whole server does: idle connections have STOP_IDLE_MS, also those that become so */
 	bool connect_failed;         /* the upstream's name may mean another address by now */
 	struct head head;            /* the head that is being looked at; valid within one step */
 };
 
 struct child {
 	int pid;                     /* 0: free */
-	int control;
+	int control;                 /* socket to it */
 	int slot;                    /* number among the workers of its generation */
 	struct conn_row *row;        /* what it holds in the shared table */
 	unsigned pings;              /* that it did not answer yet */
@@ -525,10 +526,10 @@ struct supervisor {
 	size_t keys_size;
 	int keys_fd;                 /* memfd of keys, -1: anonymous */
 	struct table *table;
-	int table_fd;
+	int table_fd;                /* its memfd, or --state's file; -1: anonymous */
 	struct tls_pair *pair;       /* NULL: no TLS */
 	struct sessions *sessions;   /* NULL: no TLS */
-	int sessions_fd;
+	int sessions_fd;             /* its memfd; -1: anonymous, or none */
 	int listener[LISTEN_MAX];
 	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
@@ -542,7 +543,7 @@ struct supervisor {
 			bool there;
 		} loaded, last;
 	} watched[WATCHED_COUNT];
-	uint64_t look_ns, now_ns;
+	uint64_t look_ns, now_ns;    /* when files are looked at again; CLOCK_MONOTONIC, read once a turn */
 	int root;                    /* directory that becomes the workers' root; -1: none */
 	unsigned walls;              /* what a worker's sandbox should have */
 	int notify;                  /* socket of the service manager; -1: none */
