@@ -2265,10 +2265,24 @@ keys_new(uint64_t rows, size_t *size, int *fd)
  * Never: takes a lock while serving: those on --state's file guard its beginning, and tell which rows have a process
  * ============================================================================================================= */
 
+/* The table of this process. What the mapping says of itself is not believed later on: every worker can write to it. */
+static struct {
+	uint32_t rows, conns;
+	uint64_t size;
+} geometry;
+
 static size_t
 table_size(uint64_t rows, uint64_t conns)
 {
 	return sizeof(struct table) + rows * (sizeof(struct conn_row) + conns * sizeof(uint64_t));
+}
+
+static void
+table_believe(const struct table *t)
+{
+	geometry.rows = t->rows;
+	geometry.conns = t->conns;
+	geometry.size = t->size;
 }
 
 static void
@@ -2279,6 +2293,7 @@ table_begin(struct table *t, uint64_t rows, uint64_t conns)
 	t->rows = (uint32_t)rows;
 	t->conns = (uint32_t)conns;
 	t->magic = TABLE_MAGIC;
+	table_believe(t);
 }
 
 static struct table *
@@ -2300,8 +2315,9 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 
 	if (size < sizeof *t || (t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED)
 		return NULL;
-	if (t->magic == TABLE_MAGIC && t->size == size && t->rows >= rows && t->conns >= conns &&
-	    table_size(t->rows, t->conns) == size)
+	table_believe(t);
+	if (t->magic == TABLE_MAGIC && geometry.size == size && geometry.rows >= rows && geometry.rows <= ROWS_MAX &&
+	    geometry.conns >= conns && geometry.conns <= CONNS_MAX && table_size(geometry.rows, geometry.conns) == size)
 		return t;
 	munmap(t, size);
 	return NULL;
@@ -2321,8 +2337,8 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		*fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW, 0600);
 		if (*fd < 0 || flock(*fd, LOCK_EX) != 0 || fstat(*fd, &st) != 0)   /* held while it is looked at or begun */
 			die(EX_CONFIG, "%s: cannot be opened for the shared table: %s; name another with --state", path, strerror(errno));
-		if (!S_ISREG(st.st_mode))
-			die(EX_CONFIG, "%s: is not a regular file; name another with --state", path);
+		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1)
+			die(EX_CONFIG, "%s: is not a regular file that only its owner, this user, can write; name another with --state", path);
 		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
 		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
 			break;
@@ -2349,7 +2365,7 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 static struct conn_row *
 table_row(struct table *t, uint32_t number)
 {
-	size_t each = sizeof(struct conn_row) + t->conns * sizeof(uint64_t);
+	size_t each = sizeof(struct conn_row) + geometry.conns * sizeof(uint64_t);
 
 	return (struct conn_row *)((char *)(t + 1) + number * each);
 }
@@ -2358,7 +2374,9 @@ table_row(struct table *t, uint32_t number)
 static void
 table_row_give(struct conn_row *row)
 {
-	for (uint32_t i = 0; i < row->used; i++)
+	uint32_t used = atomic_load(&row->used);
+
+	for (uint32_t i = 0; i < used && i < geometry.conns; i++)
 		atomic_store_explicit(&row->address[i], 0, memory_order_relaxed);
 	row->used = 0;
 	atomic_store(&row->requests, 0);
@@ -2379,7 +2397,7 @@ table_lock(int fd, uint32_t row, int command, short type)
 static void
 table_recover(struct table *t, int fd)
 {
-	for (uint32_t i = 0; i < t->rows; i++) {
+	for (uint32_t i = 0; i < geometry.rows; i++) {
 		struct conn_row *row = table_row(t, i);
 		uint32_t pid = atomic_load(&row->taken);
 		if (pid != 0 && pid != (uint32_t)getpid() && table_lock(fd, i, F_GETLK, F_WRLCK) &&
@@ -2392,7 +2410,7 @@ table_recover(struct table *t, int fd)
 static struct conn_row *
 table_row_take(struct table *t)
 {
-	for (uint32_t i = 0; i < t->rows; i++) {
+	for (uint32_t i = 0; i < geometry.rows; i++) {
 		struct conn_row *row = table_row(t, i);
 		uint32_t nobody = 0;
 		if (atomic_compare_exchange_strong(&row->taken, &nobody, (uint32_t)getpid()))
@@ -2405,7 +2423,7 @@ table_row_take(struct table *t)
 static int
 table_row_number(struct table *t, const struct conn_row *row)
 {
-	for (uint32_t i = 0; i < t->rows; i++)
+	for (uint32_t i = 0; i < geometry.rows; i++)
 		if (row == table_row(t, i))
 			return (int)i;
 	return -1;
@@ -2434,10 +2452,10 @@ table_connections(struct table *t, uint64_t id, uint64_t enough)
 {
 	uint64_t n = 0;
 
-	for (uint32_t number = 0; number < t->rows; number++) {
+	for (uint32_t number = 0; number < geometry.rows; number++) {
 		struct conn_row *row = table_row(t, number);
-		uint32_t used = row->used < t->conns ? row->used : t->conns;
-		for (uint32_t i = 0; i < used && n < enough; i++)
+		uint32_t used = atomic_load_explicit(&row->used, memory_order_relaxed);
+		for (uint32_t i = 0; i < used && i < geometry.conns && n < enough; i++)
 			n += atomic_load_explicit(&row->address[i], memory_order_relaxed) == id;
 	}
 	return n;
@@ -4876,13 +4894,22 @@ tls_pull_many(struct link *l, char *p, size_t room, size_t *done)
 	return n <= 0 ? n : tls_flush(l) == LINK_FAILED ? LINK_FAILED : n;
 }
 
+/* An engine that takes nothing before it has sent something by itself, to a peer that does not read: an answer to its
+ * close_notify, or to handshakes that it begins over and over. It has left, or nothing good comes of it. */
+static bool
+tls_stuck(const struct tls_link *t)
+{
+	return (br_ssl_engine_current_state(&t->sc.eng) & (BR_SSL_CLOSED | BR_SSL_RECVREC | BR_SSL_RECVAPP)) == 0;
+}
+
 static ssize_t
 tls_read(struct link *l, char *p, size_t room)
 {
 	struct tls_link *t = l->tls;
 	size_t done = tls_take(t, p, room);
 
-	while (done < room && (l->seen & SEEN_READ) && !t->cut && br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC) {
+	for (int pulls = 0; pulls < PULLS_MAX && done < room && (l->seen & SEEN_READ) && !t->cut &&
+	    br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC; pulls++) {
 		ssize_t n = room - done >= TLS_RECORD + PAGE ? tls_pull_many(l, p, room, &done) : tls_pull(l);
 		if (n <= 0)
 			break;
@@ -4890,6 +4917,7 @@ tls_read(struct link *l, char *p, size_t room)
 	}
 	if (done > 0)
 		return (ssize_t)done;
+	t->cut |= tls_stuck(t);
 	if (br_ssl_engine_current_state(&t->sc.eng) == BR_SSL_CLOSED && br_ssl_engine_last_error(&t->sc.eng) == 0)
 		return LINK_END;
 	return t->cut || br_ssl_engine_last_error(&t->sc.eng) != 0 ? LINK_FAILED : LINK_AGAIN;
@@ -4993,7 +5021,7 @@ link_handshake(struct link *l)
 {
 	br_ssl_engine_context *eng = &l->tls->sc.eng;
 
-	for (;;) {
+	for (int pulls = 0;; pulls++) {
 		ssize_t n = tls_flush(l);
 		if (n < 0)
 			return n;
@@ -5002,7 +5030,7 @@ link_handshake(struct link *l)
 			return 1;
 		if (!(state & BR_SSL_RECVREC))
 			return LINK_FAILED;
-		if (!(l->seen & SEEN_READ))
+		if (!(l->seen & SEEN_READ) || pulls == PULLS_MAX)
 			return LINK_AGAIN;
 		n = tls_pull(l);
 		if (n == LINK_PLAIN)
@@ -5068,7 +5096,7 @@ link_readable(const struct link *l)
 static bool
 link_looks_ahead(const struct link *l)
 {
-	return l->tls != NULL && !link_pending(l);
+	return l->tls != NULL && !link_piped(l) && !link_pending(l);
 }
 
 /* Has the peer left? `cut`: without saying so as TLS does. */
@@ -5080,9 +5108,11 @@ link_left(struct link *l, bool *cut)
 		return false;
 	if (l->tls == NULL)
 		return l->seen & SEEN_GONE;
-	while (l->seen & SEEN_READ && link_looks_ahead(l) && br_ssl_engine_current_state(&l->tls->sc.eng) & BR_SSL_RECVREC)
+	for (int pulls = 0; pulls < PULLS_MAX && l->seen & SEEN_READ && link_looks_ahead(l) &&
+	    br_ssl_engine_current_state(&l->tls->sc.eng) & BR_SSL_RECVREC; pulls++)
 		if (l->tls->cut || tls_pull(l) <= 0)
 			break;
+	l->tls->cut |= tls_stuck(l->tls);
 	bool closed = br_ssl_engine_current_state(&l->tls->sc.eng) == BR_SSL_CLOSED;
 	bool said = closed && br_ssl_engine_last_error(&l->tls->sc.eng) == 0;
 	*cut = !said && !link_pending(l);
@@ -5725,6 +5755,8 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 	r->quiet = reason == R_HEALTH;
 	if (!request_swallow(c))
 		r->close = true;
+	if (c->req.mem != NULL)              /* a key may stand there that nobody looked at */
+		wipe(c->req.mem + SLACK, c->req.raw - SLACK);
 	out_number(&wait, (r->retry_ms + 999) / 1000);
 	struct verdict v = {.reason = reason, .dialect = r->dialect, .id = {r->id, r->id_len}, .retry_ms = r->retry_ms,
 	    .detail = r->detail != NULL ? slice_of(r->detail) : (struct slice){seconds, wait.n},
@@ -6986,12 +7018,28 @@ name_ask(const char *text, bool passive, void (*forget)(void *), void *of, int *
 
 /* What it found: how many addresses, 0: none. */
 static unsigned
-name_answer(int from, struct addr found[UPSTREAM_ADDRS])
+name_answer(int from, const char *asked, struct addr found[UPSTREAM_ADDRS])
 {
 	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);
+	unsigned good = 0;
+	uint64_t port = 0;
 
 	close(from);
-	return n < 0 ? 0 : (unsigned)((size_t)n / sizeof *found);
+	number_read(slice_of(strrchr(asked, ':') + 1), &port);
+	for (size_t i = 0; n > 0 && i < (size_t)n / sizeof *found; i++) {
+		struct addr a = {.ss = found[i].ss};
+		if (a.ss.ss_family == AF_INET) {
+			a.len = sizeof(struct sockaddr_in);
+			((struct sockaddr_in *)&a.ss)->sin_port = htons((uint16_t)port);
+		} else if (a.ss.ss_family == AF_INET6) {
+			a.len = sizeof(struct sockaddr_in6);
+			((struct sockaddr_in6 *)&a.ss)->sin6_port = htons((uint16_t)port);
+		} else
+			continue;
+		addr_write(&a);
+		found[good++] = a;
+	}
+	return good;
 }
 
 /* Looks up a name at start, where waiting is allowed. */
@@ -7009,7 +7057,7 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 		kill(pid, SIGKILL);
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
-	unsigned n = name_answer(from, found);
+	unsigned n = name_answer(from, text, found);
 	if (n == 0)
 		die(failure, "--%s: '%s': cannot find the address of '%.*s': %s", option, text, (int)(strrchr(text, ':') - text), text,
 		    answer.revents == 0 || !WIFEXITED(status) ? "no answer"
@@ -8231,7 +8279,10 @@ supervisor_inherit(struct supervisor *s)
 	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
 	s->keys_fd = s->keys != NULL ? keys_fd : -1;
 	s->table = inherit_map(table_fd, TABLE_MAGIC, &mapped);
-	if (s->table != NULL && (s->table->conns < config.max_conns || table_size(s->table->rows, s->table->conns) != mapped)) {
+	if (s->table != NULL)
+		table_believe(s->table);
+	if (s->table != NULL && (geometry.rows > ROWS_MAX || geometry.conns > CONNS_MAX || geometry.conns < config.max_conns ||
+	    table_size(geometry.rows, geometry.conns) != mapped)) {
 		munmap(s->table, mapped);    /* of another geometry: begun anew; the old workers count for themselves */
 		close(table_fd);
 		s->table = NULL;
@@ -8248,7 +8299,7 @@ supervisor_inherit(struct supervisor *s)
 		child->control = (int)strtol(text + 1, &text, 10);
 		child->slot = (int)strtol(text + 1, &text, 10);
 		long row = strtol(text + 1, &text, 10);
-		child->row = s->table != NULL && row >= 0 && (uint64_t)row < s->table->rows ? table_row(s->table, (uint32_t)row) : NULL;
+		child->row = s->table != NULL && row >= 0 && (uint64_t)row < geometry.rows ? table_row(s->table, (uint32_t)row) : NULL;
 		fcntl(child->control, F_SETFD, FD_CLOEXEC);
 	}
 	unsetenv("TINYAUTH_HANDOVER");
@@ -8321,7 +8372,8 @@ supervisor_hear(struct supervisor *s)
 	for (size_t i = 0; i < CHILDREN_MAX; i++) {
 		struct child *child = &s->child[i];
 		ssize_t n;
-		while (child->pid != 0 && (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0)
+		for (int reads = 0; reads < 16 && child->pid != 0 &&
+		    (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0; reads++)
 			for (ssize_t k = 0; k < n; k++) {
 				if (words[k] == 'P')
 					child->pings = 0;
@@ -8362,7 +8414,7 @@ supervisor_idle(struct supervisor *s)
 
 	if (config.idle_exit_ms == 0 || s->bound)
 		return false;
-	for (uint32_t i = 0; i < s->table->rows; i++) {
+	for (uint32_t i = 0; i < geometry.rows; i++) {
 		events += atomic_load(&table_row(s->table, i)->events);
 		requests += atomic_load(&table_row(s->table, i)->requests);
 	}
@@ -8389,7 +8441,7 @@ supervisor_resolved(struct supervisor *s)
 {
 	struct upstream *u = &config.upstream;
 	struct addr found[UPSTREAM_ADDRS];
-	unsigned n = name_answer(s->resolver_fd, found), same = 0;
+	unsigned n = name_answer(s->resolver_fd, u->text, found), same = 0;
 
 	s->resolver = 0;
 	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
@@ -8416,7 +8468,7 @@ supervisor_forget(void *of)
 	for (unsigned i = 0; i < s->listeners; i++)
 		close(s->listener[i]);
 	munmap(s->keys, s->keys_size);
-	munmap(s->table, s->table->size);
+	munmap(s->table, geometry.size);
 	if (s->sessions != NULL)
 		munmap(s->sessions, sizeof *s->sessions);
 	close(s->keys_fd);

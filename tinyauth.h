@@ -63,8 +63,11 @@ enum {
 	TLS_RECORD = 16384,          /* plain bytes of a record at most */
 	TLS_RSA_MAX = 512,           /* bytes of an RSA modulus: 4096 bits, the most that BearSSL computes with */
 	TLS_WARN_DAYS = 14,          /* a certificate that ends sooner is warned about, once a day */
+	PULLS_MAX = 32,              /* reads of one TLS link in a step: what comes may mean nothing, without end */
 	HANDSHAKE_MS = 10000,        /* for a TLS handshake, from accept or the end of a PROXY header */
 
+	ROWS_MAX = 1 << 16,          /* rows of a table that is believed */
+	CONNS_MAX = 1000000,         /* connections of a row likewise: the most of --max-conns */
 	ROWS_PER_WORKER = 8,         /* rows of open connections: a worker that serves, and generations that drain; a worker that
 	                              * finds none goes uncounted by --ip-conns */
 
@@ -270,7 +273,7 @@ struct rate_slot {
 /* What one worker holds. Only that worker writes it, and who finds it dead. */
 struct conn_row {
 	_Atomic uint32_t taken;      /* process id of the worker that has it; 0: none */
-	uint32_t used;               /* entries that may be other than 0 */
+	_Atomic uint32_t used;       /* entries that may be other than 0 */
 	_Atomic uint64_t events;     /* connections that it took and requests that began, ever */
 	_Atomic uint64_t requests;   /* in flight */
 	_Atomic uint64_t address[];  /* for each connection the identity of its client address */
