@@ -20,8 +20,9 @@ CC := $(if $(filter musl-gcc,$(CC)),gcc,$(CC))
 STATIC :=
 endif
 
-# Small before fast: nearly all of the time goes to the kernel. The last four are what else makes gcc's code smaller.
-SMALLEST = -Oz -fipa-pta -fno-move-loop-invariants -fno-tree-dominator-opts -fno-caller-saves
+# Small before fast: nearly all of the time goes to the kernel. The others are what else makes gcc's code smaller.
+SMALLEST = -Oz -fipa-pta -fno-move-loop-invariants -fno-tree-dominator-opts -fno-caller-saves -fno-tree-tail-merge -fno-jump-tables \
+	-fno-thread-jumps
 SMALL := $(shell for flags in "$(SMALLEST)" -Oz -Os; do \
 	$(CC) $$flags -Werror -c -x c -o /dev/null /dev/null 2>/dev/null && echo "$$flags" && break; done)
 CFLAGS ?= $(SMALL) -g -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables

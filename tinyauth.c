@@ -2338,7 +2338,7 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		if (*fd < 0 || flock(*fd, LOCK_EX) != 0 || fstat(*fd, &st) != 0)   /* held while it is looked at or begun */
 			die(EX_CONFIG, "%s: cannot be opened for the shared table: %s; name another with --state", path, strerror(errno));
 		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1)
-			die(EX_CONFIG, "%s: is not a regular file that only its owner, this user, can write; name another with --state", path);
+			die(EX_CONFIG, "%s: is not a file that this user alone can write; name another with --state", path);
 		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
 		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
 			break;
@@ -8778,7 +8778,7 @@ inetd_descriptors(struct supervisor *s, int *in, int *out)
 	bool socket = fstat(*in, &st) == 0 && S_ISSOCK(st.st_mode);
 	*out = socket ? *in : STDOUT_FILENO;
 	if (socket && getsockopt(*in, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && listens)
-		die(EX_USAGE, "-i takes a connection, and this is a listening socket: write nowait in inetd.conf, Accept=yes in a socket unit");
+		die(EX_USAGE, "-i takes a connection, not a listening socket: write nowait in inetd.conf, Accept=yes in a socket unit");
 }
 
 /* Who is at the other end: the socket knows; of a pipe the environment may tell, as inetd, tcpserver and systemd write it. */
