@@ -36,9 +36,10 @@ BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell gcc -print-multiarch 2>/
 OBJCOPY ?= objcopy
 
 PORTABLE ?=
-ALL_CFLAGS = $(if $(PORTABLE),-DTINYAUTH_PORTABLE) -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
+# Debian's compiler makes position-independent code also for what is linked to a fixed place.
+ALL_CFLAGS = $(if $(STATIC),-fno-pie) $(if $(PORTABLE),-DTINYAUTH_PORTABLE) -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
 	$(HARDENING) $(CFLAGS) $(BEARSSL_CFLAGS)
-ALL_LDFLAGS = $(STATIC) -Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code -Wl,--gc-sections $(LDFLAGS)
+ALL_LDFLAGS = $(STATIC) $(if $(STATIC),-no-pie) -Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code -Wl,--gc-sections $(LDFLAGS)
 
 COMPILE = $(CC) $(ALL_CFLAGS)
 LINK = $(ALL_LDFLAGS) build/libbearssl.a

@@ -287,7 +287,10 @@ out_text(struct out *o, const char *text)
 static void
 out_char(struct out *o, char c)
 {
-	out_bytes(o, &c, 1);
+	if (o->n < o->max)
+		o->p[o->n++] = c;
+	else
+		o->full = true;
 }
 
 static void
@@ -831,33 +834,36 @@ log_name(struct log *log, struct out *o, const char *name)
 	}
 }
 
+/* Bytes at the start of `s` that stand for themselves in either format, quoted or not. */
+static size_t
+log_plain(struct slice s)
+{
+	static const bool PLAIN[256] = {['!'] = true, ['#' ... '<'] = true, ['>' ... '['] = true, [']' ... '~'] = true};
+	size_t n = 0;
+
+	while (n < s.n && PLAIN[(unsigned char)s.p[n]])
+		n++;
+	return n;
+}
+
 /* Bytes as they may stand between quotes in either format: nothing that a terminal or a parser acts upon. */
 static void
 log_escaped(struct log *log, struct out *o, struct slice s)
 {
 	const char *hex = log->format == LOG_JSON ? "\\u00" : "\\x";
 
-	for (size_t i = 0; i < s.n; i++) {
-		unsigned char c = (unsigned char)s.p[i];
-		if (c == '"' || c == '\\') {
-			out_char(o, '\\');
-			out_char(o, (char)c);
-		} else if (c < 0x20 || c >= 0x7f) {
+	for (size_t n; n = log_plain(s), out_bytes(o, s.p, n), n < s.n; s = slice_from(s, n + 1)) {
+		unsigned char c = (unsigned char)s.p[n];
+		if (c < 0x20 || c >= 0x7f) {
 			out_text(o, hex);
 			out_char(o, HEX[c >> 4]);
 			out_char(o, HEX[c & 15]);
-		} else
-			out_char(o, (char)c);
+			continue;
+		}
+		if (c == '"' || c == '\\')
+			out_char(o, '\\');
+		out_char(o, (char)c);
 	}
-}
-
-static bool
-log_plain(struct slice s)
-{
-	for (size_t i = 0; i < s.n; i++)
-		if (s.p[i] <= ' ' || s.p[i] >= 0x7f || s.p[i] == '"' || s.p[i] == '=' || s.p[i] == '\\')
-			return false;
-	return s.n > 0;
 }
 
 /* A text field; an empty one is unknown: `-` in logfmt, left out in JSON. */
@@ -869,7 +875,7 @@ log_slice(struct log *log, struct out *o, const char *name, struct slice s)
 	log_name(log, o, name);
 	if (s.n == 0)
 		out_char(o, '-');
-	else if (log->format == LOG_LOGFMT && log_plain(s))
+	else if (log->format == LOG_LOGFMT && log_plain(s) == s.n)
 		out_slice(o, s);
 	else {
 		out_char(o, '"');
@@ -2645,31 +2651,34 @@ is_class(char c, int class)
 	return (CLASS[(unsigned char)c] & class) != 0;
 }
 
-/* Names that mean something to us; those that end in `-` are prefixes. */
+/* Names that mean something to us, in the order of their first letters; those that end in `-` are prefixes. */
 static const struct field_name {
-	struct slice name;
-	enum field_id id;
+	uint8_t id, n;
+	char name[20];
 } FIELD_NAMES[] = {
-	{{"host", 4}, F_HOST}, {{"connection", 10}, F_CONNECTION}, {{"content-length", 14}, F_CONTENT_LENGTH},
-	{{"transfer-encoding", 17}, F_TRANSFER_ENCODING}, {{"authorization", 13}, F_AUTHORIZATION},
-	{{"x-api-key", 9}, F_X_API_KEY}, {{"api-key", 7}, F_API_KEY}, {{"expect", 6}, F_EXPECT},
-	{{"upgrade", 7}, F_UPGRADE}, {{"te", 2}, F_TE}, {{"x-request-id", 12}, F_X_REQUEST_ID},
-	{{"range", 5}, F_RANGE},
-	{{"keep-alive", 10}, F_HOP}, {{"proxy-", 6}, F_HOP}, {{"http2-settings", 14}, F_HOP}, {{"trailer", 7}, F_HOP},
-	{{"x-forwarded-", 12}, F_FORWARDED}, {{"forwarded", 9}, F_FORWARDED}, {{"x-real-ip", 9}, F_FORWARDED},
-	{{"x-client-ip", 11}, F_FORWARDED}, {{"true-client-ip", 14}, F_FORWARDED},
-	{{"x-cluster-client-ip", 19}, F_FORWARDED},
+#define NAME(text, id) {id, sizeof(text) - 1, text}
+	NAME("authorization", F_AUTHORIZATION), NAME("api-key", F_API_KEY), NAME("connection", F_CONNECTION),
+	NAME("content-length", F_CONTENT_LENGTH), NAME("expect", F_EXPECT), NAME("forwarded", F_FORWARDED), NAME("host", F_HOST),
+	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("proxy-", F_HOP), NAME("range", F_RANGE),
+	NAME("te", F_TE), NAME("trailer", F_HOP), NAME("transfer-encoding", F_TRANSFER_ENCODING),
+	NAME("true-client-ip", F_FORWARDED), NAME("upgrade", F_UPGRADE), NAME("x-api-key", F_X_API_KEY),
+	NAME("x-client-ip", F_FORWARDED), NAME("x-cluster-client-ip", F_FORWARDED), NAME("x-forwarded-", F_FORWARDED),
+	NAME("x-real-ip", F_FORWARDED), NAME("x-request-id", F_X_REQUEST_ID),
+#undef NAME
 };
 
 static enum field_id
 field_identify(struct slice name)
 {
-	for (size_t i = 0; i < LENGTH(FIELD_NAMES); i++) {
-		struct slice known = FIELD_NAMES[i].name;
-		if (known.p[0] != ascii_lower(name.p[0]))
-			continue;
+	const char first = ascii_lower(name.p[0]);
+	const struct field_name *f = FIELD_NAMES, *end = FIELD_NAMES + LENGTH(FIELD_NAMES);
+
+	while (f < end && f->name[0] < first)
+		f++;
+	for (; f < end && f->name[0] == first; f++) {
+		struct slice known = {f->name, f->n};
 		if (known.p[known.n - 1] == '-' ? slice_starts_like(name, known) : slice_like(name, known))
-			return FIELD_NAMES[i].id;
+			return f->id;
 	}
 	return memchr(name.p, '_', name.n) != NULL ? F_UNDERSCORE : F_OTHER;
 }
@@ -3534,18 +3543,20 @@ body_end(struct body *b, struct slice *tail)
 /* ---- rewriting ----------------------------------------------------------------------------------------------- */
 
 static void
-put_pair(struct out *o, struct slice name, struct slice value)
+put_field(struct out *o, struct slice name, struct slice value)
 {
-	out_slice(o, name);
-	out_bytes(o, ": ", 2);
-	out_slice(o, value);
-	out_bytes(o, "\r\n", 2);
-}
+	size_t n = name.n + value.n + 4;
+	char *p = o->p + o->n;
 
-static void
-put_field(struct out *o, const char *name, struct slice value)
-{
-	put_pair(o, slice_of(name), value);
+	if (n > o->max - o->n) {
+		o->full = true;
+		return;
+	}
+	memcpy(p, name.p, name.n);
+	memcpy(p + name.n, ": ", 2);
+	memcpy(p + name.n + 2, value.p, value.n);
+	memcpy(p + n - 2, "\r\n", 2);
+	o->n += n;
 }
 
 static void
@@ -3649,32 +3660,32 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 	out_bytes(o, h->slash_missing ? " /" : " ", h->slash_missing ? 2 : 1);
 	out_slice(o, h->target);
 	out_bytes(o, " HTTP/1.1\r\n", 11);
-	put_field(o, "Host", to->host);
+	put_field(o, S("Host"), to->host);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
 		if (head_passes(h, f))
-			put_pair(o, f->name, f->value);
+			put_field(o, f->name, f->value);
 	}
 	if (h->chunked)
-		put_field(o, "Transfer-Encoding", S("chunked"));
+		put_field(o, S("Transfer-Encoding"), S("chunked"));
 	else if (h->has_length || head_wants_length(h))
 		put_length(o, h->length);
 	if (h->expect_continue && h->minor == 1)
-		put_field(o, "Expect", S("100-continue"));
+		put_field(o, S("Expect"), S("100-continue"));
 	if (h->te_trailers && !to->close)
-		put_field(o, "TE", S("trailers"));
+		put_field(o, S("TE"), S("trailers"));
 	if (to->upgrade)
 		out_text(o, "Upgrade: websocket\r\nConnection: upgrade\r\n");
 	else if (to->close)
-		put_field(o, "Connection", S("close"));
+		put_field(o, S("Connection"), S("close"));
 	else if (h->te_trailers)
 		out_text(o, "Connection: TE\r\n");
-	put_field(o, "X-Real-IP", to->addr);
-	put_field(o, "X-Forwarded-For", to->addr);
-	put_field(o, "X-Forwarded-Proto", to->proto);
+	put_field(o, S("X-Real-IP"), to->addr);
+	put_field(o, S("X-Forwarded-For"), to->addr);
+	put_field(o, S("X-Forwarded-Proto"), to->proto);
 	if (h->host.n > 0)
-		put_field(o, "X-Forwarded-Host", h->host);
-	put_field(o, "X-Request-Id", to->id);
+		put_field(o, S("X-Forwarded-Host"), h->host);
+	put_field(o, S("X-Request-Id"), to->id);
 	out_bytes(o, "\r\n", 2);
 }
 
@@ -3714,7 +3725,7 @@ answer_framing(const struct head *h, const struct body *b, uint8_t client_minor,
 	if (h->status < 200 || h->status == 204)
 		return;
 	if (chunks && client_minor == 1 && h->status != 304)   /* some clients wait for the chunks of a 304 */
-		put_field(o, "Transfer-Encoding", S("chunked"));
+		put_field(o, S("Transfer-Encoding"), S("chunked"));
 	else if (h->has_length)
 		put_length(o, h->length);
 }
@@ -3734,15 +3745,15 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
 		            f->id == F_CONNECTION || f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
 		if (!ours && !head_option_names(h, f->name))
-			put_pair(o, f->name, f->value);
+			put_field(o, f->name, f->value);
 	}
 	answer_framing(h, b, client_minor, o);
 	if (h->status == 101)
 		out_text(o, "Upgrade: websocket\r\n");
 	if (connection.n > 0)
-		put_field(o, "Connection", connection);
+		put_field(o, S("Connection"), connection);
 	if (h->status >= 200 || h->status == 101)
-		put_field(o, "X-Request-Id", id);
+		put_field(o, S("X-Request-Id"), id);
 	out_bytes(o, "\r\n", 2);
 }
 
@@ -3826,14 +3837,25 @@ status_phrase(unsigned status)
 	}
 }
 
+/* Bytes at the start of `s` that a JSON string holds as they are. */
+static size_t
+json_plain(struct slice s)
+{
+	size_t n = 0;
+
+	while (n < s.n && (unsigned char)s.p[n] >= 0x20 && s.p[n] != '"' && s.p[n] != '\\')
+		n++;
+	return n;
+}
+
 /* Text inside a JSON string. */
 static void
 json_text(struct out *o, struct slice s)
 {
-	for (size_t i = 0; i < s.n; i++) {
-		if (s.p[i] == '"' || s.p[i] == '\\')
+	for (size_t n; n = json_plain(s), out_bytes(o, s.p, n), n < s.n; s = slice_from(s, n + 1)) {
+		if (s.p[n] == '"' || s.p[n] == '\\')
 			out_char(o, '\\');
-		out_char(o, (unsigned char)s.p[i] < 0x20 ? ' ' : s.p[i]);
+		out_char(o, (unsigned char)s.p[n] < 0x20 ? ' ' : s.p[n]);
 	}
 }
 
@@ -3927,11 +3949,11 @@ answer_own(const struct verdict *v, struct out *o)
 	}
 	if (row->status == 504 || v->retry_ms >= 60000)
 		out_text(o, "x-should-retry: false\r\n");
-	put_field(o, "X-Request-Id", v->id);
+	put_field(o, S("X-Request-Id"), v->id);
 	if (v->close)
-		put_field(o, "Connection", S("close"));
+		put_field(o, S("Connection"), S("close"));
 	else if (v->keep_alive)
-		put_field(o, "Connection", S("keep-alive"));
+		put_field(o, S("Connection"), S("keep-alive"));
 	put_length(o, body.n);
 	out_bytes(o, "\r\n", 2);
 	if (!v->head_method)
@@ -5820,17 +5842,18 @@ conn_authenticate(struct worker *w, struct conn *c)
 {
 	const struct head *h = &w->head;
 	struct slice secret = head_credential(h), worn[] = {h->authorization, h->x_api_key, h->api_key};
+	enum reason reason = secret.n == 0 ? R_NO_KEY : R_BAD_KEY;
 	unsigned char digest[32];
 
-	sha256_of(secret, digest);
+	if (secret.n > 0 && secret.n <= SECRET_MAX) {
+		sha256_of(secret, digest);
+		if (keys_find(w->keys, digest, &c->request->key))
+			reason = R_NONE;
+	}
 	for (size_t i = 0; i < LENGTH(worn); i++)
 		if (worn[i].n > 0)
 			wipe((char *)(uintptr_t)worn[i].p, worn[i].n);
-	if (secret.n == 0)
-		return R_NO_KEY;
-	if (secret.n > SECRET_MAX || !keys_find(w->keys, digest, &c->request->key))
-		return R_BAD_KEY;
-	return R_NONE;
+	return reason;
 }
 
 /* A head that the parser refused: how it is answered. All of these end the connection. */
@@ -6822,12 +6845,6 @@ sandbox_resolver(void)
 #elif defined(TINYAUTH_NO_SANDBOX)
 
 /* For sanitizers and coverage, which need files and memory at the end of a process. */
-static bool
-sandbox_user(void)
-{
-	return true;
-}
-
 static unsigned
 sandbox_probe(int root)
 {
@@ -8851,6 +8868,8 @@ inetd_run(void)
 		table_row_own(w->table, s->table_fd, w->row);
 	w->log = log_new_from_config();
 	w->log->off = mute && config.log == NULL;
+	if (config.state == NULL)
+		log_note(w->log, "limits_not_shared", "they hold for this connection alone; share them with --state FILE");
 	w->control = -1;
 	int root = sandbox_directory(), ends[2] = {dup(in), dup(out)}, flags[2] = {fcntl(in, F_GETFL), fcntl(out, F_GETFL)};
 	fcntl(in, F_SETFL, flags[0] | O_NONBLOCK);
