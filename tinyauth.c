@@ -16,7 +16,7 @@
  *   SANDBOX     what a process gives up; the child that looks up names
  *   WORKER      the pool of connections and the loop around poll
  *   SUPERVISOR  listeners, children, generations, signals, watched files, upgrade, systemd; and -i, one connection
- *   COMMANDS    check, key
+ *   COMMANDS    check, check --url, key
  *   MAIN
  *
  * One request walks down the stairs once: worker_accept, conn_open, step_new, step_tls, step_head, conn_admit,
@@ -47,6 +47,8 @@
  *   thousands of pipelined requests                 STEPS_MAX, then the others have their turn
  *   connections of one address                      --ip-conns; twice as many may begin a handshake to be told so
  *   handshakes that stall, half records             HANDSHAKE_MS; one record is read ahead at most
+ *   alerts and empty records without end            PULLS_MAX, then the others have their turn; an engine that cannot send
+ *                                                   before it reads on is given up: tls_stuck
  *   plain HTTP on a TLS port, TLS on a plain one    told so in a 400, before any key is read: R_PLAIN_HTTP, R_TLS_HELLO
  *   an end forged by whoever sits on the wire       an end without close_notify is a cut: link_left, R_CLIENT_CUT
  *   sessions forged or torn in the shared cache     each has a keyed seal, and dies with the certificate's key

@@ -357,6 +357,21 @@ def test_drain_with_a_pending_respawn_does_not_spin(lab):
     assert used < 0.2, f"{used:.2f} s of processor time in 1.2 s of drain"
 
 
+def test_stop_ends_though_the_keys_outgrow_their_table(lab):
+    """TERM, then a keys file that needs a larger table: no new workers, and the end comes soon after the last stream,
+    though its client keeps the connection."""
+    tinyauth = lab.tinyauth(log=lab.path("log"))
+    client = tinyauth.connect()
+    stream = Stream(client, 80, 50)
+    tinyauth.signal(signal.SIGTERM)
+    tinyauth.wait_event("draining")
+    tinyauth.publish(f"alice {ALICE}\n" + many_keys(120000, False))
+    tinyauth.wait_event("keys_published", 1, 10)
+    assert stream.whole(), f"stream: {stream.error}, {len(stream.seen)} events"
+    same(tinyauth.wait_exit(15), 0, "exit status")
+    same(len(tinyauth.events("worker_started")), 1, "workers ever started")
+
+
 # Keys
 
 def test_many_more_keys_refuse_nobody(lab):
