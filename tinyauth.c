@@ -6954,12 +6954,12 @@ sandbox_directory(void)
 
 /* Where the upstream's unix socket is seen from inside that directory. */
 static void
-sandbox_upstream(int root)
+sandbox_upstream(void)
 {
 	struct sockaddr_un *un = (struct sockaddr_un *)&config.upstream.addr[0].ss;
 	const char *slash = strrchr(un->sun_path, '/');
 
-	if (root >= 0 && un->sun_family == AF_UNIX && slash != NULL)
+	if (un->sun_family == AF_UNIX && slash != NULL)
 		memmove(un->sun_path, slash, strlen(slash) + 1);
 }
 
@@ -7580,8 +7580,9 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
-	sandbox_upstream(root);
-	unsigned missing = expected & ~sandbox_worker(root);
+	unsigned walls = sandbox_worker(root), missing = expected & ~walls;
+	if (walls & WALL_ROOT)
+		sandbox_upstream();
 	if (w->control >= 0)
 		send(w->control, "S", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* it serves */
 	out_walls(&o, missing);

@@ -628,7 +628,7 @@ def test_state_that_is_broken_is_set_aside(lab):
     tinyauth.expect(f"{re.escape(state)}: was no table of this version and size; set aside as .*[.]old")
     assert "set aside" in tinyauth.text(), tinyauth.text()
     same(tinyauth.ask("GET", "/t/echo").status, 200, "status")
-    for path, words in (("/dev/null", "not a regular file"), (str(lab.directory), ""), ("/nonexistent/state", "")):
+    for path, words in (("/dev/null", "not a file that this user alone can write"), (str(lab.directory), ""), ("/nonexistent/state", "")):
         done = lab.run("-k", tinyauth.keys, "--state", path, status=78)
         assert done.stderr.count("\n") == 1 and path in done.stderr and words in done.stderr, done.stderr
 
