@@ -73,7 +73,7 @@ config_equal(const struct config *a, const struct config *b)
 	for (unsigned i = 0; i < a->listens; i++)
 		if (strcmp(a->listen[i].text, b->listen[i].text) != 0)
 			return false;
-	return text_equal(a->keys, b->keys) && text_equal(a->log, b->log) && a->keys_given == b->keys_given &&
+	return text_equal(a->keys, b->keys) && text_equal(a->log, b->log) &&
 	       a->env_key == b->env_key && memcmp(a->env_digest, b->env_digest, 32) == 0 && a->listens == b->listens &&
 	       strcmp(a->upstream.text, b->upstream.text) == 0 && strcmp(a->upstream.host, b->upstream.host) == 0 &&
 	       a->upstream.addrs == b->upstream.addrs && a->workers == b->workers && a->max_conns == b->max_conns &&
