@@ -358,7 +358,7 @@ link_takes(struct link *l, size_t room, uint64_t *got)
 	if (n == LINK_END)
 		MUST(peer.goodbye && !peer.spoilt && *got == peer.said);
 	if (n == LINK_FAILED)
-		MUST(peer.spoilt || peer.fin || peer.goodbye);
+		MUST(peer.spoilt || peer.fin || peer.goodbye || tls_stuck(l->tls));
 	free(p);
 	return n;
 }
@@ -406,8 +406,8 @@ look_for_the_end(struct link *l)
 {
 	bool cut, left = link_left(l, &cut);
 
-	MUST(!left || peer.goodbye || peer.fin || peer.spoilt);
-	MUST(!left || !cut || peer.fin || peer.spoilt);
+	MUST(!left || peer.goodbye || peer.fin || peer.spoilt || tls_stuck(l->tls));
+	MUST(!left || !cut || peer.fin || peer.spoilt || tls_stuck(l->tls));   /* an engine that cannot answer is given up */
 	MUST(!left || cut || peer.goodbye || link_pending(l));
 }
 
