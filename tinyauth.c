@@ -7102,10 +7102,10 @@ names_find(int failure)
 
 /* ============================================================================================================= *
  * WORKER
- * Owns: the connection pool, the loop around poll, who is turned away at the door, the drain
+ * Owns: the connection pool, the loop around poll and epoll, who is turned away at the door, the drain
  * Calls: BASICS, LOG, CONFIG (trusted networks), TABLE, HTTP (an answer at the door), LINK, CONN, SANDBOX
  * Promises: all memory is mapped in worker_map(); one clock look and at most one log write a turn
- * Never: waits anywhere but in poll
+ * Never: waits anywhere but in worker_wait()
  * ============================================================================================================= */
 
 #if TINYAUTH_LINUX
@@ -7113,6 +7113,8 @@ enum { WATCH_EVENT = sizeof(struct epoll_event) };
 #else
 enum { WATCH_EVENT = 1 };
 #endif
+
+enum { CONTROL = LISTEN_MAX };           /* its number among those who call, behind the listeners */
 
 /* Everything a worker will ever use. Pages that nothing touches cost nothing: see the formula at the top. */
 static void
@@ -7124,8 +7126,8 @@ worker_map(struct worker *w)
 	w->requests = pool_new(max, sizeof(struct request));
 	w->bufs = pool_new(2 * max, BUF_SIZE);
 	w->ready = map_new((max + LISTEN_MAX * ACCEPTS_MAX) * sizeof *w->ready, MAP_PRIVATE);
-	w->pfd = map_new((2 * max + LISTEN_MAX + 2) * sizeof *w->pfd, MAP_PRIVATE);
-	w->event = map_new(2 * max * WATCH_EVENT, MAP_PRIVATE);
+	w->pfd = map_new((2 * max + LISTEN_MAX + 1) * sizeof *w->pfd, MAP_PRIVATE);
+	w->event = map_new((2 * max + LISTEN_MAX + 1) * WATCH_EVENT, MAP_PRIVATE);
 	char *scratch = map_new(4 * BUF_SIZE, MAP_PRIVATE);
 
 	for (int i = 0; i < 4; i++)
@@ -7135,13 +7137,234 @@ worker_map(struct worker *w)
 	w->waiting.young = w->waiting.old = &w->waiting;
 }
 
+/* ---- waiting ------------------------------------------------------------------------------------------------- *
+ * While a worker has few connections they are in one poll set, gathered anew each turn, so that nothing has to be
+ * registered. Once there are many, all of them wait in an epoll set, where waiting costs nothing, until the last is gone. */
+
+/* A connection that gave way to another may leave a second entry behind; there are as many spare ones as can be accepted
+ * in a turn. */
 static void
-worker_close_listeners(struct worker *w)
+worker_queue(struct worker *w, struct conn *c)
 {
-	for (unsigned i = 0; i < w->listeners; i++)
-		close(w->listener[i]);
-	w->listeners = 0;
+	if (!c->queued)
+		w->ready[w->readies++] = c;
+	c->queued = true;
 }
+
+#if TINYAUTH_LINUX
+
+static int
+watch_open(void)
+{
+	return epoll_create1(EPOLL_CLOEXEC);
+}
+
+/* The numbers from twice max_conns on are not links: listeners and control. */
+static bool
+watch_set(const struct worker *w, int op, int fd, short events, uint64_t number)
+{
+	struct epoll_event e = {.events = (uint32_t)events, .data.u64 = number};
+
+	return epoll_ctl(w->epoll, op, fd, &e) == 0;
+}
+
+static void
+watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
+{
+	int op = l->watched == 0 ? EPOLL_CTL_ADD : interest == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
+
+	if (l->fd < 0 || (l->watched == 0 && interest == 0))
+		return;
+	l->watched = interest;
+	if (watch_set(w, op, l->fd, interest, (uint64_t)conn_number(w, c) * 2 + (unsigned)side))
+		return;
+	l->watched = 0;                      /* no memory for the watch: the connection cannot go on, the sweep ends it */
+	c->deadline_ns = w->sweep_ns = w->now_ns;
+}
+
+static void
+watch_control(struct worker *w)
+{
+	watch_set(w, EPOLL_CTL_ADD, w->control, POLLIN, 2 * config.max_conns + CONTROL);
+}
+
+/* Others hold the listeners too, so that closing them does not end the watch. */
+static void
+watch_listeners(struct worker *w, bool on)
+{
+	for (unsigned i = 0; i < w->listeners && w->listening != on; i++)
+		watch_set(w, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, w->listener[i], POLLIN, 2 * config.max_conns + i);
+	w->listening = on;
+}
+
+/* All events of the epoll set in one look: of two for one connection both are seen before it is stepped. */
+static void
+watch_wait(struct worker *w, int ms)
+{
+	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns + LISTEN_MAX + 1), ms);
+
+	for (int i = 0; i < n; i++) {
+		uint64_t number = w->event[i].data.u64;
+		if (number >= 2 * config.max_conns) {
+			w->called |= 1u << (number - 2 * config.max_conns);
+			continue;
+		}
+		struct conn *c = conn_at(w, number / 2);
+		if (!c->queued)
+			c->client.seen = c->upstream.seen = 0;
+		*(number % 2 == 0 ? &c->client.seen : &c->upstream.seen) = (short)w->event[i].events;
+		worker_queue(w, c);
+	}
+}
+
+#else
+
+/* Everything stays in the poll set. */
+static int
+watch_open(void)
+{
+	return -1;
+}
+
+static void
+watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
+{
+	(void)w, (void)c, (void)l, (void)side, (void)interest;
+}
+
+static void
+watch_control(struct worker *w)
+{
+	(void)w;
+}
+
+static void
+watch_listeners(struct worker *w, bool on)
+{
+	(void)w, (void)on;
+}
+
+static void
+watch_wait(struct worker *w, int ms)
+{
+	(void)w, (void)ms;
+}
+
+#endif
+
+/* Keeps the epoll set true for a link in it. What is watched beyond the interest stays, so that a kept-alive connection
+ * costs no call a request, until an event comes that nobody wanted. */
+static void
+watch_again(struct worker *w, struct conn *c, struct link *l, int side, short interest, bool unwanted)
+{
+	if ((interest & ~l->watched) != 0 || (unwanted && l->watched != interest))
+		watch(w, c, l, side, interest);
+}
+
+/* From the poll set into the epoll set. */
+static void
+worker_park(struct worker *w, struct conn *c)
+{
+	short client, upstream;
+
+	c->next->prev = c->prev;
+	c->prev->next = c->next;
+	c->parked = true;
+	conn_interest(c, &client, &upstream);
+	watch(w, c, &c->client, 0, client | POLLRDHUP);
+	watch(w, c, &c->upstream, 1, upstream);
+}
+
+static void
+worker_want(struct worker *w, int fd, short events)
+{
+	w->pfd[w->pollfds++] = (struct pollfd){fd, events, 0};
+}
+
+/* The poll set: control, listeners, then two entries a connection. */
+static void
+worker_gather_poll(struct worker *w, bool accepting)
+{
+	short client, upstream;
+
+	w->pollfds = 0;
+	worker_want(w, w->control, POLLIN);
+	for (unsigned i = 0; i < w->listeners; i++)
+		worker_want(w, accepting ? w->listener[i] : -1, POLLIN);
+	for (struct conn *c = w->polled.next; c != &w->polled; c = c->next) {
+		conn_interest(c, &client, &upstream);
+		int fd = link_poll(&c->client, &client);
+		worker_want(w, fd, client);
+		worker_want(w, upstream != 0 ? c->upstream.fd : -1, upstream);
+	}
+}
+
+static void
+worker_gather(struct worker *w)
+{
+	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
+
+	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));
+	if (!w->many) {
+		worker_gather_poll(w, accepting);
+		return;
+	}
+	watch_listeners(w, accepting);
+	while (w->polled.next != &w->polled)
+		worker_park(w, w->polled.next);
+}
+
+static void
+worker_collect_poll(struct worker *w)
+{
+	const struct pollfd *p = w->pfd;
+
+	w->called |= p++->revents != 0 ? 1u << CONTROL : 0;
+	for (unsigned i = 0; i < w->listeners; i++)
+		w->called |= p++->revents != 0 ? 1u << i : 0;
+	for (struct conn *c = w->polled.next; c != &w->polled; c = c->next, p += 2) {
+		c->client.seen = p[0].revents;
+		c->upstream.seen = p[1].revents;
+		if ((p[0].revents | p[1].revents) != 0)
+			worker_queue(w, c);
+	}
+}
+
+/* How long a worker may sleep: until the next deadline, or the next try of whatever had to be put off. */
+static int
+worker_patience(const struct worker *w)
+{
+	uint64_t until = w->sweep_ns, ms;
+
+	if (w->readies > 0)
+		return 0;
+	if (w->log->n > 0 && until > w->now_ns + LOG_RETRY_MS * NS_PER_MS)
+		until = w->now_ns + LOG_RETRY_MS * NS_PER_MS;
+	if (w->accept_ns > w->now_ns && w->accept_ns < until)
+		until = w->accept_ns;
+	if (w->draining && w->drain_ns < until)
+		until = w->drain_ns;
+	if (until <= w->now_ns)
+		return 0;
+	ms = (until - w->now_ns) / NS_PER_MS + 1;
+	return ms < 60000 ? (int)ms : 60000;
+}
+
+/* Waits, and finds who is ready. */
+static void
+worker_wait(struct worker *w)
+{
+	int ms = worker_patience(w);
+
+	w->called = 0;
+	worker_gather(w);
+	if (w->many)
+		watch_wait(w, ms);
+	else if (poll(w->pfd, w->pollfds, ms) > 0)
+		worker_collect_poll(w);
+}
+
+/* ---- words of the supervisor --------------------------------------------------------------------------------- */
 
 /* From now on: no new connections, each kept-alive one gets one more answer, streams run to their end. */
 static void
@@ -7151,7 +7374,10 @@ worker_drain(struct worker *w)
 		return;
 	w->draining = true;
 	w->drain_ns = w->now_ns + config.drain_ms * NS_PER_MS;
-	worker_close_listeners(w);
+	watch_listeners(w, false);
+	for (unsigned i = 0; i < w->listeners; i++)
+		close(w->listener[i]);
+	w->listeners = 0;
 }
 
 /* The server stops: idle connections get some seconds more for a request that is on its way, and then end. */
@@ -7204,149 +7430,7 @@ worker_control(struct worker *w)
 	}
 }
 
-/* ---- waiting ------------------------------------------------------------------------------------------------- */
-
-/* A connection that gave way to another may leave a second entry behind; there are as many spare ones as can be accepted
- * in a turn. */
-static void
-worker_queue(struct worker *w, struct conn *c)
-{
-	if (!c->queued)
-		w->ready[w->readies++] = c;
-	c->queued = true;
-}
-
-#if TINYAUTH_LINUX
-
-static int
-watch_open(void)
-{
-	return epoll_create1(EPOLL_CLOEXEC);
-}
-
-static void
-watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
-{
-	struct epoll_event e = {.events = (uint32_t)interest, .data.u64 = (uint64_t)conn_number(w, c) * 2 + (unsigned)side};
-	int op = l->watched == 0 ? EPOLL_CTL_ADD : interest == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
-
-	if (l->fd < 0 || (l->watched == 0 && interest == 0))
-		return;
-	l->watched = interest;
-	if (epoll_ctl(w->epoll, op, l->fd, &e) == 0)
-		return;
-	l->watched = 0;                      /* no memory for the watch: the connection cannot go on, the sweep ends it */
-	c->deadline_ns = w->sweep_ns = w->now_ns;
-}
-
-/* All events of the epoll set in one look: of two for one connection both are seen before it is stepped. */
-static void
-worker_collect_parked(struct worker *w)
-{
-	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns), 0);
-
-	for (int i = 0; i < n; i++) {
-		struct conn *c = conn_at(w, w->event[i].data.u64 / 2);
-		struct link *l = w->event[i].data.u64 % 2 == 0 ? &c->client : &c->upstream;
-		if (!c->queued)
-			c->client.seen = c->upstream.seen = 0;
-		l->seen = (short)w->event[i].events;
-		worker_queue(w, c);
-	}
-}
-
-#else
-
-/* Everything stays in the poll set. */
-static int
-watch_open(void)
-{
-	return -1;
-}
-
-static void
-watch(struct worker *w, struct conn *c, struct link *l, int side, short interest)
-{
-	(void)w, (void)c, (void)l, (void)side, (void)interest;
-}
-
-static void
-worker_collect_parked(struct worker *w)
-{
-	(void)w;
-}
-
-#endif
-
-/* Keeps the epoll set true for a link in it. What is watched beyond the interest stays, so that a kept-alive connection
- * costs no call a request, until an event comes that nobody wanted. */
-static void
-watch_again(struct worker *w, struct conn *c, struct link *l, int side, short interest, bool unwanted)
-{
-	if ((interest & ~l->watched) != 0 || (unwanted && l->watched != interest))
-		watch(w, c, l, side, interest);
-}
-
-/* From the poll set into the epoll set, where waiting costs nothing. */
-static void
-worker_park(struct worker *w, struct conn *c)
-{
-	short client, upstream;
-
-	c->next->prev = c->prev;
-	c->prev->next = c->next;
-	c->parked = true;
-	conn_interest(c, &client, &upstream);
-	watch(w, c, &c->client, 0, client | POLLRDHUP);
-	watch(w, c, &c->upstream, 1, upstream);
-}
-
-static void
-worker_want(struct worker *w, int fd, short events)
-{
-	w->pfd[w->pollfds++] = (struct pollfd){fd, events, 0};
-}
-
-/* The poll set: control, epoll set, listeners, then two entries for each connection that is not parked. */
-static void
-worker_gather(struct worker *w)
-{
-	short client, upstream;
-	bool many = w->epoll >= 0 && w->used > POLL_MANY;
-	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
-
-	w->pollfds = 0;
-	worker_want(w, w->control, POLLIN);
-	worker_want(w, w->epoll, POLLIN);
-	for (unsigned i = 0; i < w->listeners; i++)
-		worker_want(w, accepting ? w->listener[i] : -1, POLLIN);
-	for (struct conn *c = w->polled.next, *next; c != &w->polled; c = next) {
-		next = c->next;
-		if (many && c->quiet) {
-			worker_park(w, c);
-			continue;
-		}
-		conn_interest(c, &client, &upstream);
-		int fd = link_poll(&c->client, &client);
-		worker_want(w, fd, client);
-		worker_want(w, upstream != 0 ? c->upstream.fd : -1, upstream);
-	}
-}
-
-/* What poll saw of the connections in its set. */
-static void
-worker_collect_polled(struct worker *w)
-{
-	const struct pollfd *p = w->pfd + 2 + w->listeners;
-
-	for (struct conn *c = w->polled.next; c != &w->polled; c = c->next, p += 2) {
-		c->client.seen = p[0].revents;
-		c->upstream.seen = p[1].revents;
-		c->quiet = (p[0].revents | p[1].revents) == 0;
-		if (!c->quiet)
-			worker_queue(w, c);
-	}
-}
+/* ---- stepping ------------------------------------------------------------------------------------------------ */
 
 static void
 worker_step(struct worker *w, struct conn *c)
@@ -7497,26 +7581,6 @@ worker_sweep(struct worker *w)
 	w->sweep_ns = next;
 }
 
-/* How long poll may sleep: until the next deadline, or the next try of whatever had to be put off. */
-static int
-worker_patience(const struct worker *w)
-{
-	uint64_t until = w->sweep_ns, ms;
-
-	if (w->readies > 0)
-		return 0;
-	if (w->log->n > 0 && until > w->now_ns + LOG_RETRY_MS * NS_PER_MS)
-		until = w->now_ns + LOG_RETRY_MS * NS_PER_MS;
-	if (w->accept_ns > w->now_ns && w->accept_ns < until)
-		until = w->accept_ns;
-	if (w->draining && w->drain_ns < until)
-		until = w->drain_ns;
-	if (until <= w->now_ns)
-		return 0;
-	ms = (until - w->now_ns) / NS_PER_MS + 1;
-	return ms < 60000 ? (int)ms : 60000;
-}
-
 /* Steps all that are ready. Those that could go on at once stay in the list for the next turn, which does not wait. */
 static void
 worker_step_ready(struct worker *w)
@@ -7539,25 +7603,16 @@ worker_step_ready(struct worker *w)
 static void
 worker_turn(struct worker *w)
 {
-	worker_gather(w);
-	int n = poll(w->pfd, w->pollfds, worker_patience(w));
-
+	worker_wait(w);
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
 	w->turn++;
-	if (n > 0) {
-		worker_collect_polled(w);
-		if (w->pfd[1].revents != 0)
-			worker_collect_parked(w);
-	}
 	worker_step_ready(w);
-	if (n > 0) {
-		for (unsigned i = 0; i < w->listeners; i++)
-			if (w->pfd[2 + i].revents != 0)
-				worker_accept(w, w->listener[i], w->secure[i]);
-		if (w->pfd[0].revents != 0)
-			worker_control(w);
-	}
+	for (unsigned i = 0; i < w->listeners; i++)
+		if (w->called & 1u << i)
+			worker_accept(w, w->listener[i], w->secure[i]);
+	if (w->called & 1u << CONTROL)
+		worker_control(w);
 	if (w->now_ns >= w->sweep_ns)
 		worker_sweep(w);
 	if (w->connect_failed && config.upstream.named && w->control >= 0)
@@ -7577,6 +7632,7 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	worker_map(w);
 	random_fill(w->random, sizeof w->random);
 	w->epoll = config.inetd ? -1 : watch_open();
+	watch_control(w);
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();

@@ -93,7 +93,7 @@ enum {
 	WORKERS_MAX = 256,           /* workers of a generation */
 	CHILDREN_MAX = 1024,         /* workers alive: the serving generation and all that still drain */
 	ACCEPTS_MAX = 16,            /* connections taken from one listener in a turn */
-	POLL_MANY = 32,              /* connections in a worker from which those that wait go to the epoll set */
+	POLL_MANY = 32,              /* connections in a worker beyond which all wait in its epoll set */
 
 	LINGER_MS = 2000,            /* how long a closing connection is read on, so that our answer is not lost to a reset */
 	LINGER_BYTES = 8 << 20,      /* and how many bytes of it */
@@ -456,7 +456,6 @@ struct conn {
 	uint64_t upstream_turn;      /* turn in which the upstream connection was used last */
 	uint8_t state;
 	bool parked;                 /* watched by epoll instead of being in the poll set */
-	bool quiet;                  /* nothing happened on it in this turn */
 	bool again;                  /* it could go on at once, but others come first */
 	bool queued;                 /* among those to be stepped in this turn */
 	bool waiting;                /* in the list of those that give way */
@@ -481,7 +480,7 @@ struct worker {
 	struct pool bufs;            /* twice as many pipe buffers */
 	struct conn polled;          /* head of the ring of connections in the poll set */
 	struct conn waiting;         /* head of the ring of those that give way, oldest behind `young` */
-	struct pollfd *pfd;          /* control, epoll set, listeners, then two a connection that is polled */
+	struct pollfd *pfd;          /* control, listeners, then two a connection that is polled */
 	struct conn **ready;         /* to be stepped in this turn, or to go on in the next */
 	struct epoll_event *event;   /* what the epoll set told */
 	char *scratch[2][2];         /* per direction: one that bytes are read into, one to build a head in */
@@ -502,6 +501,9 @@ struct worker {
 	unsigned listeners;
 	int control;                 /* from the supervisor; its end means that it is gone */
 	int epoll;                   /* -1: none, all go in the poll set */
+	unsigned called;             /* bits: listeners, and behind them control, that are ready in this turn */
+	bool many;                   /* all wait in the epoll set */
+	bool listening;              /* the listeners are in it */
 	bool draining;
 	bool stopping;               /* the whole server does: idle connections have STOP_IDLE_MS, also those that become so */
 	bool connect_failed;         /* the upstream's name may mean another address by now */

@@ -339,6 +339,56 @@ def test_second_term_resets_what_only_the_end_frames(lab):
     check_drained(tinyauth, client)
 
 
+def test_a_worker_with_many_connections(lab):
+    """Beyond the number from which all wait in the epoll set: new clients are served, words of the supervisor are
+    heard, a drain closes the door, and nothing spins."""
+    tinyauth = lab.tinyauth(log=lab.path("log"))
+    worker, = tinyauth.workers()
+    clients = [tinyauth.connect() for _ in range(40)]
+    for client in clients * 2:
+        same(client.ask("GET", "/t/echo").status, 200, "one of many")
+    same(tinyauth.ask("GET", "/t/echo").status, 200, "a new connection beside them")
+    os.rename(lab.path("log"), lab.path("log.1"))
+    tinyauth.signal(signal.SIGUSR1)
+    until(lambda: os.path.exists(lab.path("log")), "new log")
+    until(lambda: clients[0].ask("GET", "/t/echo").status == 200 and "/t/echo" in Path(lab.path("log")).read_text(),
+          "an access line in it")
+    stream = Stream(clients[1], 50, 20)
+    before = ticks(worker)
+    tinyauth.signal(signal.SIGTERM)
+    tinyauth.wait_event("draining")
+    for client in clients[2:]:
+        same(client.ask("GET", "/t/echo").closes, True, "Connection: close while draining")
+    try:
+        tinyauth.connect()
+        raise AssertionError("a new connection while draining")
+    except ConnectionRefusedError:
+        pass
+    assert stream.whole(), f"stream: {stream.error}, {len(stream.seen)} events"
+    used = (ticks(worker) - before) / os.sysconf("SC_CLK_TCK")
+    assert used < 0.2, f"{used:.2f} s of processor time in a second of drain"
+
+
+def test_a_drained_worker_with_many_connections_leaves_the_door(lab):
+    """A worker of the generation before, with many connections, does not look at the listeners any more."""
+    tinyauth = lab.tinyauth(log=lab.path("log"))
+    old, = tinyauth.workers()
+    clients = [tinyauth.connect() for _ in range(40)]
+    for client in clients * 2:
+        same(client.ask("GET", "/t/echo").status, 200, "one of many")
+    tinyauth.publish(f"alice {ALICE}\n" + many_keys(120000, False))
+    tinyauth.wait_event("worker_started", 2, 10)
+    until(lambda: clients[0].ask("GET", "/t/echo").closes, "drain of the old worker")
+    with frozen([pid for pid in tinyauth.workers() if pid != old]):
+        waiting = tinyauth.connect()
+        before = ticks(old)
+        same(clients[1].ask("GET", "/t/echo").closes, True, "Connection: close while draining")
+        time.sleep(0.3)
+        used = (ticks(old) - before) / os.sysconf("SC_CLK_TCK")
+    assert used < 0.1, f"{used:.2f} s of processor time while somebody waits for the new worker"
+    same(waiting.ask("GET", "/t/echo").status, 200, "the one that waited")
+
+
 def test_drain_with_a_pending_respawn_does_not_spin(lab):
     """TERM while a dead worker waits for its successor: the supervisor sleeps while the last stream runs."""
     tinyauth = lab.tinyauth(workers=2)

@@ -3473,7 +3473,7 @@ rig_run(struct rig *r)
 	for (int turn = 0; turn < TURNS_MAX; turn++) {
 		worker_gather(w);
 		if (poll(w->pfd, w->pollfds, 0) > 0)
-			worker_collect_polled(w);
+			worker_collect_poll(w);
 		else if (w->readies == 0)
 			return;
 		w->turn++;
@@ -4209,18 +4209,17 @@ test_worker_parks(void)
 
 	w->epoll = epoll_create1(EPOLL_CLOEXEC);
 	w->used += POLL_MANY;                /* as if there were so many */
-	first->quiet = true;
 	worker_gather(w);
 	CHECK(first->parked && w->polled.next == &w->polled);
 	for (int round = 0; round < 2; round++) {
 		CHECK(send(client, SMUGGLED, strlen(SMUGGLED), 0) > 0);
-		worker_collect_parked(w);
+		watch_wait(w, 0);
 		CHECK(w->readies == 1 && w->ready[0] == first);
 		worker_step_ready(w);
 		CHECK(slice_holds(rig_receive(&r, client, NULL), "\r\n\r\nOK") && first->state == S_IDLE);
 	}
 	close(client);
-	worker_collect_parked(w);
+	watch_wait(w, 0);
 	CHECK(w->readies == 1);
 	worker_step_ready(w);
 	w->used -= POLL_MANY;

@@ -22,7 +22,7 @@ static ssize_t world_write(const void *, size_t);
 #define connect(fd, to, len) ((void)(fd), (void)(to), (void)(len), world_connect())
 #define send(fd, p, n, flags) world_send(fd, p, n)
 #define poll(set, n, ms) ((void)(ms), world_poll(set, n))
-#define epoll_wait(fd, events, n, ms) world_epoll_wait(fd, events, n)
+#define epoll_wait(fd, events, n, ms) ((void)(ms), world_epoll_wait(fd, events, n))
 #define clock_gettime(id, t) world_clock(id, t)
 #define write(fd, p, n) ((void)(fd), world_write(p, n))
 #include "fuzz.h"
@@ -158,7 +158,7 @@ world_poll(struct pollfd *set, nfds_t n)
 		if (set[i].fd >= 0 && *world_takes(set[i].fd) == 0)
 			set[i].revents &= (short)~POLLOUT;
 		ready += set[i].revents != 0;
-		world.ready += set[i].revents != 0 && set[i].fd != worker.epoll;
+		world.ready += set[i].revents != 0;
 	}
 	return ready;
 }
@@ -359,16 +359,6 @@ shut(int *fd, bool whole)
 	}
 }
 
-static void
-park(void)
-{
-	for (struct conn *c = worker.polled.next, *next; c != &worker.polled; c = next) {
-		next = c->next;
-		if (!c->again && !c->queued)
-			worker_park(&worker, c);
-	}
-}
-
 /* One order with its argument; returns how many bytes it took. */
 static size_t
 order(uint8_t what, const uint8_t *p, size_t n)
@@ -413,7 +403,7 @@ order(uint8_t what, const uint8_t *p, size_t n)
 		world.upstream_takes = TAKES[argument % LENGTH(TAKES)];
 		break;
 	case O_PARK:
-		park();
+		worker.many = true;
 		turn();
 		return 0;
 	case O_CONNECT:
