@@ -2098,17 +2098,27 @@ key_line(struct slice name, struct slice line, struct key_row *row, struct mista
 	return true;
 }
 
-/* Where a name stands, or would stand, in the index of names that lives while a file is read. */
-static uint32_t *
-names_slot(const struct keys_map *map, unsigned half, uint32_t *names, struct slice name)
+static uint64_t
+name_hash(const struct keys_map *map, struct slice name)
 {
-	uint32_t mask = map->half[half].mask, slot;
 	uint64_t hash = map->salt;
 
 	for (size_t i = 0; i < name.n; i++)
 		hash = (hash ^ (unsigned char)name.p[i]) * 0x100000001b3ull;
-	for (slot = (uint32_t)(hash * map->salt >> 32) & mask; names[slot] != 0; slot = (slot + 1) & mask) {
-		const struct key_row *row = &keys_rows(map, half)[names[slot] - 1];
+	return hash * map->salt;
+}
+
+/* Where a name stands, or would stand, in the index of names that lives while a file is read. Its entries are half of the
+ * hash, so that hardly ever another name is looked at, and the number of the row. */
+static uint64_t *
+names_slot(const struct keys_map *map, unsigned half, uint64_t *names, struct slice name, uint64_t hash)
+{
+	uint32_t mask = map->half[half].mask, slot;
+
+	for (slot = (uint32_t)(hash >> 32) & mask; names[slot] != 0; slot = (slot + 1) & mask) {
+		if (names[slot] >> 32 != (uint32_t)hash)
+			continue;
+		const struct key_row *row = &keys_rows(map, half)[(uint32_t)names[slot] - 1];
 		if (slice_equal((struct slice){keys_text(map, half) + row->name_at, row->name_len}, name))
 			break;
 	}
@@ -2117,12 +2127,12 @@ names_slot(const struct keys_map *map, unsigned half, uint32_t *names, struct sl
 
 /* Adds a key to the half that is being written. */
 static bool
-keys_insert(struct keys_map *map, unsigned half, uint32_t *names, struct key_row row, struct slice name, struct mistake *m)
+keys_insert(struct keys_map *map, unsigned half, uint64_t *names, struct key_row row, struct slice name, struct mistake *m)
 {
 	struct keys_half *h = &map->half[half];
 	struct key_row *rows = keys_rows(map, half);
 	uint32_t *index = keys_index(map, half), slot;
-	uint32_t *named = names_slot(map, half, names, name);
+	uint64_t hash = name_hash(map, name), *named = names_slot(map, half, names, name, hash);
 
 	if (*named != 0)
 		return mistake_is(m, "the name '%.*s' is used twice; rename one of them", (int)name.n, name.p);
@@ -2136,15 +2146,16 @@ keys_insert(struct keys_map *map, unsigned half, uint32_t *names, struct key_row
 	memcpy(keys_text(map, half) + h->text, name.p, name.n);
 	h->text += (uint32_t)name.n;
 	rows[h->count++] = row;
-	index[slot] = *named = h->count;
+	index[slot] = h->count;
+	*named = hash << 32 | h->count;
 	return true;
 }
 
-/* Lines: an upper bound for the keys of a file. */
+/* An upper bound for the keys of a file and TINYAUTH_KEY: its lines, and one. */
 static uint64_t
-keys_lines(struct slice text)
+keys_bound(struct slice text)
 {
-	uint64_t n = 0;
+	uint64_t n = 1;
 
 	for (; text.n > 0; n++)
 		text_line(&text);
@@ -2165,12 +2176,12 @@ keys_count(struct slice text)
 }
 
 /* Reads a file's text into the half that is not published. False: there were complaints, and nothing may be published.
- * The mapping must have room for keys_lines(text) + 1 keys. */
+ * `bound`: as keys_bound() of the text, for which the mapping must have room. */
 static bool
-keys_parse(struct keys_map *map, struct slice text, const struct config *cfg, struct complaints *bad)
+keys_parse(struct keys_map *map, struct slice text, uint64_t bound, const struct config *cfg, struct complaints *bad)
 {
 	unsigned half = (atomic_load(&map->generation) + 1) & 1;
-	uint64_t slots = keys_slots(keys_lines(text) + 1), before = bad->n;
+	uint64_t slots = keys_slots(bound), before = bad->n;
 	struct keys_half *h = &map->half[half];
 	struct mistake m;
 	struct key_row row;
@@ -2179,7 +2190,7 @@ keys_parse(struct keys_map *map, struct slice text, const struct config *cfg, st
 	map_touch(keys_rows(map, half), slots / 4 * sizeof(struct key_row));
 	map_touch(keys_index(map, half), slots * sizeof(uint32_t));
 	memset(keys_index(map, half), 0, slots * sizeof(uint32_t));
-	uint32_t *names = map_try(slots * sizeof *names, MAP_PRIVATE);
+	uint64_t *names = map_try(slots * sizeof *names, MAP_PRIVATE);
 	if (names == NULL) {
 		complain(bad, 0, "no memory to read it");
 		return false;
@@ -7631,8 +7642,11 @@ worker_ready(struct worker *w, int root, unsigned expected)
 
 	worker_map(w);
 	random_fill(w->random, sizeof w->random);
-	w->epoll = config.inetd ? -1 : watch_open();
-	watch_control(w);
+	w->epoll = -1;
+	if (!config.inetd) {
+		w->epoll = watch_open();
+		watch_control(w);
+	}
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
@@ -8017,12 +8031,12 @@ look_equal(const struct look *a, const struct look *b)
 static struct keys_map *
 supervisor_parse(struct supervisor *s, struct slice text, struct complaints *bad, size_t *size, int *fd)
 {
-	uint64_t rows = keys_lines(text) + 1;
-	struct keys_map *map = s->keys != NULL && rows <= s->keys->capacity ? s->keys : keys_new(2 * rows, size, fd);
+	uint64_t bound = keys_bound(text);
+	struct keys_map *map = s->keys != NULL && bound <= s->keys->capacity ? s->keys : keys_new(2 * bound, size, fd);
 
 	if (map == NULL)
 		complain(bad, 0, "no memory for so many keys");
-	bool good = map != NULL && keys_parse(map, text, &config, bad);
+	bool good = map != NULL && keys_parse(map, text, bound, &config, bad);
 	complaints_end(bad);
 	if (map != NULL && !good && map != s->keys) {
 		munmap(map, *size);
@@ -8042,7 +8056,7 @@ supervisor_retire(struct keys_map *old, struct slice text)
 
 	for (uint32_t lines = 1; lines < old->capacity && rest.n > 0; lines++)
 		text_line(&rest);
-	bool fits = keys_parse(old, (struct slice){text.p, (size_t)(rest.p - text.p)}, &config, &ignored);
+	bool fits = keys_parse(old, (struct slice){text.p, (size_t)(rest.p - text.p)}, old->capacity, &config, &ignored);
 	if (fits)
 		keys_flip(old);
 	atomic_store(&old->stale, fits ? STALE_PARTLY : STALE_ALL);
@@ -8999,10 +9013,11 @@ edit_verify(struct slice text, const char *path)
 
 	if (keys_count(text) == 0)
 		return;
-	struct keys_map *map = keys_new(keys_lines(text) + 1, &size, &fd);
+	uint64_t bound = keys_bound(text);
+	struct keys_map *map = keys_new(bound, &size, &fd);
 	if (map == NULL)
 		die(EXIT_FAILURE, "%s: no memory to read it", path);
-	if (!keys_parse(map, text, &plain, &bad)) {
+	if (!keys_parse(map, text, bound, &plain, &bad)) {
 		complaints_end(&bad);
 		die(EXIT_FAILURE, "%s: not changed: mend it first", path);
 	}
@@ -9350,8 +9365,9 @@ command_check(void)
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))
 		return EXIT_FAILURE;
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
-	struct keys_map *map = keys_new(keys_lines(text) + 1, &size, &fd);
-	bool good = map != NULL && keys_parse(map, text, &config, &bad);
+	uint64_t bound = keys_bound(text);
+	struct keys_map *map = keys_new(bound, &size, &fd);
+	bool good = map != NULL && keys_parse(map, text, bound, &config, &bad);
 	complaints_end(&bad);
 	if (!good)
 		return EXIT_FAILURE;

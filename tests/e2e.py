@@ -1862,13 +1862,26 @@ def start_ms(lab, keys):
     return min(best), tinyauth
 
 
+def index_ms(keys):
+    """Milliseconds in which this interpreter reads such a file into a dictionary by digest, the best of three."""
+    best = []
+    for _ in range(3):
+        began = time.monotonic_ns()
+        index = {hashlib.sha256(secret.encode()).digest(): name for name, secret in map(str.split, keys.splitlines())}
+        best.append((time.monotonic_ns() - began) / 1e6)
+        same(len(index), 100000, "keys in the dictionary")
+    return min(best)
+
+
 @measured
 def test_100000_keys(lab):
-    """100,000 keys, plain or hashed, are loaded in under 100 ms and all found."""
+    """100,000 keys, plain or hashed, are loaded no slower than into a Python dictionary, and all found."""
     base, _ = start_ms(lab, KEYS)
     for hashed in (False, True):
-        loaded, tinyauth = start_ms(lab, many_keys(100000, hashed))
-        assert loaded - base < 100, f"{loaded - base:.0f} ms for 100,000 {'hashed' if hashed else 'plain'} keys"
+        keys = many_keys(100000, hashed)
+        loaded, tinyauth = start_ms(lab, keys)
+        measure = index_ms(keys)
+        assert loaded - base < measure, f"{loaded - base:.0f} ms for 100,000 {'hashed' if hashed else 'plain'} keys, Python {measure:.0f}"
         same(tinyauth.events("ready")[0]["keys"], "100000", "keys")
         client = tinyauth.connect()
         for i in (0, 1, 4242, 50000, 99998, 99999):

@@ -1098,7 +1098,7 @@ parsed_again(struct parsed *p, struct slice text, const struct config *cfg)
 	size_t n;
 	struct complaints bad = {.to = words_begin(), .file = "keys"};
 
-	p->good = keys_parse(p->map, text, cfg, &bad);
+	p->good = keys_parse(p->map, text, keys_bound(text), cfg, &bad);
 	complaints_end(&bad);
 	p->complaints = words_end(bad.to, &n);
 }
@@ -1110,7 +1110,7 @@ parsed_from(struct slice text)
 	struct config cfg = {.env_key = false};
 	int fd;
 
-	p.map = keys_new(keys_lines(text) + 1, &p.size, &fd);
+	p.map = keys_new(keys_bound(text), &p.size, &fd);
 	close(fd);
 	parsed_again(&p, text, &cfg);
 	return p;
@@ -1432,7 +1432,7 @@ test_keys_read_while_published(void)
 		_exit(0);
 	}
 	for (int turn = 1; waitpid(pid, &status, WNOHANG) == 0; turn++) {
-		keys_parse(p.map, TEXTS[turn & 1], &cfg, &bad);
+		keys_parse(p.map, TEXTS[turn & 1], keys_bound(TEXTS[turn & 1]), &cfg, &bad);
 		keys_flip(p.map);
 	}
 	CHECK(bad.n == 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0);

@@ -582,7 +582,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 	keys = keys_new(0, &size, &fd);
 	MUST(keys != NULL);
 	text_add(&file, "a fuzz-key-1\nb switched-off off\n", 32);
-	MUST(keys_parse(keys, text_slice(&file), &config, &bad));
+	MUST(keys_parse(keys, text_slice(&file), 3, &config, &bad));
 	keys_flip(keys);
 	text_free(&file);
 	table = table_new(1, CONNS, &fd);
