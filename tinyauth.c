@@ -2380,23 +2380,35 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 	return t;
 }
 
-/* The open connections of one worker: the identity of the client address of each, 0 where there is none. */
 static struct conn_row *
 table_row(struct table *t, uint32_t number)
 {
-	size_t each = sizeof(struct conn_row) + geometry.conns * sizeof(uint64_t);
+	return (struct conn_row *)(t + 1) + number;
+}
 
-	return (struct conn_row *)((char *)(t + 1) + number * each);
+/* The number of a row, or -1. */
+static int
+table_row_number(struct table *t, const struct conn_row *row)
+{
+	return row != NULL ? (int)(row - table_row(t, 0)) : -1;
+}
+
+/* The open connections of one worker: the identity of the client address of each, 0 where there is none. They stand behind
+ * all rows, so that looking at every row touches few pages. */
+static _Atomic uint64_t *
+table_held(struct table *t, const struct conn_row *row)
+{
+	return (_Atomic uint64_t *)table_row(t, geometry.rows) + (size_t)table_row_number(t, row) * geometry.conns;
 }
 
 /* Gives back what a worker held, however it ended. */
 static void
-table_row_give(struct conn_row *row)
+table_row_give(struct table *t, struct conn_row *row)
 {
 	uint32_t used = atomic_load(&row->used);
 
 	for (uint32_t i = 0; i < used && i < geometry.conns; i++)
-		atomic_store_explicit(&row->address[i], 0, memory_order_relaxed);
+		atomic_store_explicit(&table_held(t, row)[i], 0, memory_order_relaxed);
 	row->used = 0;
 	atomic_store(&row->requests, 0);
 	atomic_store(&row->taken, 0);
@@ -2421,7 +2433,7 @@ table_recover(struct table *t, int fd)
 		uint32_t pid = atomic_load(&row->taken);
 		if (pid != 0 && pid != (uint32_t)getpid() && table_lock(fd, i, F_GETLK, F_WRLCK) &&
 		    atomic_compare_exchange_strong(&row->taken, &pid, (uint32_t)getpid()))
-			table_row_give(row);
+			table_row_give(t, row);
 	}
 }
 
@@ -2436,16 +2448,6 @@ table_row_take(struct table *t)
 			return row;
 	}
 	return NULL;
-}
-
-/* The number of a row, or -1. */
-static int
-table_row_number(struct table *t, const struct conn_row *row)
-{
-	for (uint32_t i = 0; i < geometry.rows; i++)
-		if (row == table_row(t, i))
-			return (int)i;
-	return -1;
 }
 
 /* In a table that lies in a file: from now on, and as long as this process lives and keeps `fd`, the row is its own. */
@@ -2475,7 +2477,7 @@ table_connections(struct table *t, uint64_t id, uint64_t enough)
 		struct conn_row *row = table_row(t, number);
 		uint32_t used = atomic_load_explicit(&row->used, memory_order_relaxed);
 		for (uint32_t i = 0; i < used && i < geometry.conns && n < enough; i++)
-			n += atomic_load_explicit(&row->address[i], memory_order_relaxed) == id;
+			n += atomic_load_explicit(&table_held(t, row)[i], memory_order_relaxed) == id;
 	}
 	return n;
 }
@@ -5592,7 +5594,7 @@ conn_count(struct worker *w, const struct conn *c, uint64_t id)
 		return;
 	if (id != 0)
 		count_up(&w->row->events, 1);
-	atomic_store_explicit(&w->row->address[at], id, memory_order_relaxed);
+	atomic_store_explicit(&table_held(w->table, w->row)[at], id, memory_order_relaxed);
 	if (w->row->used <= at)
 		w->row->used = at + 1;
 }
@@ -7877,9 +7879,8 @@ child_tell(const struct child *child, char word, int fd)
 static void
 children_tell(const struct supervisor *s, char word, int fd)
 {
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			child_tell(&s->child[i], word, fd);
+	for (unsigned i = 0; i < s->children; i++)
+		child_tell(&s->child[i], word, fd);
 }
 
 /* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
@@ -7889,9 +7890,8 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 
 	worker_signals();
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			close(s->child[i].control);
+	for (unsigned i = 0; i < s->children; i++)
+		close(s->child[i].control);
 	close(s->keys_fd);                   /* -1, where there is none, closes nothing */
 	close(s->sessions_fd);
 	close(s->notify);
@@ -7920,14 +7920,10 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 static void
 supervisor_spawn(struct supervisor *s, int slot)
 {
-	struct child *child = s->child;
 	int pair[2], pid;
 
-	while (child < s->child + CHILDREN_MAX && child->pid != 0)
-		child++;
 	s->respawn_ns[slot] = s->now_ns + RESPAWN_MAX_MS * NS_PER_MS;   /* when this try fails */
-	if (child == s->child + CHILDREN_MAX ||
-	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) != 0) {
+	if (s->children == CHILDREN_MAX || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) != 0) {
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
@@ -7942,13 +7938,13 @@ supervisor_spawn(struct supervisor *s, int slot)
 	if (pid < 0) {
 		close(pair[0]);
 		if (row != NULL)
-			table_row_give(row);
+			table_row_give(s->table, row);
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
 	if (row != NULL)
 		atomic_store(&row->taken, (uint32_t)pid);
-	*child = (struct child){.pid = pid, .control = pair[0], .slot = slot, .row = row, .born_ns = s->now_ns};
+	s->child[s->children++] = (struct child){.pid = pid, .control = pair[0], .slot = slot, .row = row, .born_ns = s->now_ns};
 	s->respawn_ns[slot] = 0;
 	log_worker_started(s->log, slot, pid);
 }
@@ -7957,8 +7953,8 @@ supervisor_spawn(struct supervisor *s, int slot)
 static void
 supervisor_drain_children(struct supervisor *s, char word)
 {
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0 && (!s->child[i].draining || word == 'T')) {
+	for (unsigned i = 0; i < s->children; i++)
+		if (!s->child[i].draining || word == 'T') {
 			s->child[i].draining = true;
 			child_tell(&s->child[i], word, -1);
 		}
@@ -7991,23 +7987,23 @@ supervisor_reap(struct supervisor *s)
 	int status, pid;
 
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		struct child *child = s->child;
 		if (pid == s->resolver)
 			s->resolved = true;
-		for (size_t i = 0; i < CHILDREN_MAX; i++) {
-			struct child *child = &s->child[i];
-			if (child->pid != pid)
-				continue;
-			if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
-				s->hopeless = true;
-			close(child->control);
-			if (child->row != NULL)
-				table_row_give(child->row);
-			if (!child->draining || status != 0)
-				log_worker_died(s->log, child, status);
-			if (!child->draining && !s->draining)
-				supervisor_replace(s, child);
-			child->pid = 0;
-		}
+		while (child < s->child + s->children && child->pid != pid)
+			child++;
+		if (child == s->child + s->children)
+			continue;
+		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
+			s->hopeless = true;
+		close(child->control);
+		if (child->row != NULL)
+			table_row_give(s->table, child->row);
+		if (!child->draining || status != 0)
+			log_worker_died(s->log, child, status);
+		if (!child->draining && !s->draining)
+			supervisor_replace(s, child);
+		*child = s->child[--s->children];
 	}
 }
 
@@ -8266,9 +8262,8 @@ upgrade_expose(const struct supervisor *s, bool shown)
 	fcntl(s->keys_fd, F_SETFD, flags);   /* of -1, where there is none, nothing */
 	fcntl(s->table_fd, F_SETFD, flags);
 	fcntl(s->sessions_fd, F_SETFD, flags);
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			fcntl(s->child[i].control, F_SETFD, flags);
+	for (unsigned i = 0; i < s->children; i++)
+		fcntl(s->child[i].control, F_SETFD, flags);
 }
 
 /* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own and the sandbox is closed, and
@@ -8281,10 +8276,8 @@ upgrade_environment(const struct supervisor *s)
 	char number[24];
 
 	out_print(&o, "%d %d %d %d %d", s->keys_fd, s->table_fd, s->sessions_fd, s->bound, s->closed);
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			out_print(&o, " %d:%d:%d:%d", s->child[i].pid, s->child[i].control,
-			    s->child[i].slot, table_row_number(s->table, s->child[i].row));
+	for (const struct child *child = s->child; child < s->child + s->children; child++)
+		out_print(&o, " %d:%d:%d:%d", child->pid, child->control, child->slot, table_row_number(s->table, child->row));
 	text[o.n] = '\0';
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
 	text_print(number, sizeof number, "%u", s->listeners);
@@ -8311,9 +8304,8 @@ supervisor_upgrade(struct supervisor *s)
 	s->log->fd = s->log->fd > STDERR_FILENO ? upgrade_lift(s->log->fd, above) : s->log->fd;
 	for (unsigned i = 0; i < s->listeners; i++)
 		s->listener[i] = upgrade_lift(s->listener[i], above);
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			s->child[i].control = upgrade_lift(s->child[i].control, above);
+	for (unsigned i = 0; i < s->children; i++)
+		s->child[i].control = upgrade_lift(s->child[i].control, above);
 	bool listening = true;
 	for (unsigned i = 0; i < s->listeners; i++)
 		listening = listening && s->listener[i] >= above && dup2(s->listener[i], 3 + (int)i) >= 0;
@@ -8384,7 +8376,8 @@ supervisor_inherit(struct supervisor *s)
 	if (s->sessions != NULL)
 		madvise(s->sessions, sizeof *s->sessions, MADV_DONTDUMP);
 	s->sessions_fd = s->sessions != NULL ? sessions_fd : -1;
-	for (struct child *child = s->child; *text == ' ' && child < s->child + CHILDREN_MAX; child++) {
+	while (*text == ' ' && s->children < CHILDREN_MAX) {
+		struct child *child = &s->child[s->children++];
 		child->pid = (int)strtol(text, &text, 10);
 		child->control = (int)strtol(text + 1, &text, 10);
 		child->slot = (int)strtol(text + 1, &text, 10);
@@ -8459,11 +8452,9 @@ supervisor_hear(struct supervisor *s)
 {
 	char words[64];
 
-	for (size_t i = 0; i < CHILDREN_MAX; i++) {
-		struct child *child = &s->child[i];
+	for (struct child *child = s->child; child < s->child + s->children; child++) {
 		ssize_t n;
-		for (int reads = 0; reads < 16 && child->pid != 0 &&
-		    (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0; reads++)
+		for (int reads = 0; reads < 16 && (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0; reads++)
 			for (ssize_t k = 0; k < n; k++) {
 				if (words[k] == 'P')
 					child->pings = 0;
@@ -8483,10 +8474,7 @@ supervisor_pet(struct supervisor *s)
 		return;
 	s->pet_ns = s->now_ns + s->watchdog_ns;
 	supervisor_notify(s, "WATCHDOG=1\n");
-	for (size_t i = 0; i < CHILDREN_MAX; i++) {
-		struct child *child = &s->child[i];
-		if (child->pid == 0)
-			continue;
+	for (struct child *child = s->child; child < s->child + s->children; child++) {
 		if (child->pings++ >= PINGS_MAX) {
 			log_note(s->log, "worker_stuck", "it did not answer, and is killed and replaced");
 			kill(child->pid, SIGKILL);
@@ -8552,9 +8540,8 @@ supervisor_forget(void *of)
 {
 	struct supervisor *s = of;
 
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			close(s->child[i].control);
+	for (unsigned i = 0; i < s->children; i++)
+		close(s->child[i].control);
 	for (unsigned i = 0; i < s->listeners; i++)
 		close(s->listener[i]);
 	munmap(s->keys, s->keys_size);
@@ -8625,15 +8612,6 @@ supervisor_hurry(struct supervisor *s)
 {
 	s->kill_ns = s->now_ns + HURRY_MS * NS_PER_MS;
 	children_tell(s, 'X', -1);
-}
-
-static bool
-supervisor_alone(const struct supervisor *s)
-{
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			return false;
-	return true;
 }
 
 static void
@@ -8710,7 +8688,7 @@ supervisor_tend(struct supervisor *s)
 static int
 supervisor_serve(struct supervisor *s)
 {
-	while (!s->draining || !supervisor_alone(s)) {
+	while (!s->draining || s->children > 0) {
 		supervisor_wait(s);
 		if (signal_child && !(signal_child = 0))
 			supervisor_reap(s);
@@ -8720,9 +8698,8 @@ supervisor_serve(struct supervisor *s)
 		supervisor_tend(s);
 		log_flush(s->log);
 	}
-	for (size_t i = 0; i < CHILDREN_MAX; i++)
-		if (s->child[i].pid != 0)
-			kill(s->child[i].pid, SIGKILL);
+	for (unsigned i = 0; i < s->children; i++)
+		kill(s->child[i].pid, SIGKILL);
 	pair_forget(s->pair);
 	log_note(s->log, "stopped", NULL);
 	log_flush(s->log);
@@ -8963,7 +8940,7 @@ inetd_run(void)
 		worker_turn(w);
 	log_flush(w->log);
 	if (w->row != NULL)
-		table_row_give(w->row);
+		table_row_give(w->table, w->row);
 	for (int i = 0; i < 2; i++)
 		fcntl(ends[i], F_SETFL, flags[i]);   /* others may go on with this terminal or pipe */
 	return EXIT_SUCCESS;

@@ -270,23 +270,22 @@ struct rate_slot {
 	_Atomic uint64_t tat_ns;     /* theoretical arrival time, CLOCK_MONOTONIC */
 };
 
-/* What one worker holds. Only that worker writes it, and who finds it dead. */
+/* What one worker holds. Only that worker writes it, and who finds it dead: each has a line of the processor's cache. */
 struct conn_row {
-	_Atomic uint32_t taken;      /* process id of the worker that has it; 0: none */
+	_Alignas(64) _Atomic uint32_t taken;  /* process id of the worker that has it; 0: none */
 	_Atomic uint32_t used;       /* entries that may be other than 0 */
 	_Atomic uint64_t events;     /* connections that it took and requests that began, ever */
 	_Atomic uint64_t requests;   /* in flight */
-	_Atomic uint64_t address[];  /* for each connection the identity of its client address */
 };
 
 struct table {
 	uint64_t magic;              /* TABLE_MAGIC, which changes with the layout */
 	uint64_t size;               /* bytes of the mapping */
 	uint64_t seed[2];            /* key of the address hash, random at creation */
-	uint32_t rows, conns;        /* rows that follow this struct, and entries of each */
-	struct rate_slot address[RATE_SETS][RATE_WAYS];
+	uint32_t rows, conns;        /* rows that follow this struct; identities of addresses of each, which follow them */
+	_Alignas(64) struct rate_slot address[RATE_SETS][RATE_WAYS];
 };
-#define TABLE_MAGIC 0x346c626174796e74ull
+#define TABLE_MAGIC 0x356c626174796e74ull
 _Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
 
 /* TLS sessions that can be resumed, by every worker of every generation: one mapping of its own, never in a file. A slot
@@ -511,7 +510,7 @@ struct worker {
 };
 
 struct child {
-	int pid;                     /* 0: free */
+	int pid;
 	int control;                 /* socket to it */
 	int slot;                    /* number among the workers of its generation */
 	struct conn_row *row;        /* what it holds in the shared table */
@@ -538,7 +537,8 @@ struct supervisor {
 	int listener[LISTEN_MAX];
 	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
-	struct child child[CHILDREN_MAX];
+	struct child child[CHILDREN_MAX];   /* those that live, in no order */
+	unsigned children;
 	uint64_t respawn_ns[WORKERS_MAX];   /* when a slot is filled again; 0: it is filled */
 	uint64_t respawn_ms[WORKERS_MAX];   /* the delay that was used last */
 	struct watched {             /* a file, and what looks at it saw */

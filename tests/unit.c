@@ -1632,10 +1632,10 @@ test_table_connections(void)
 	for (size_t i = 0; i < LENGTH(row); i++)
 		row[i] = table_row_take(t);
 	CHECK(row[3] != NULL && row[4] == NULL && row[0] != row[3]);
-	CHECK((char *)&row[3]->address[4] == (char *)t + t->size);
+	CHECK((char *)(table_held(t, row[3]) + 4) == (char *)t + t->size);
 	for (size_t i = 0; i < 4; i++) {
-		row[i]->address[i] = 7;
-		row[i]->address[3 - i] = 9;
+		table_held(t, row[i])[i] = 7;
+		table_held(t, row[i])[3 - i] = 9;
 		row[i]->used = 4;
 	}
 	CHECK(table_connections(t, 7, 100) == 4 && table_connections(t, 9, 100) == 4 && table_connections(t, 8, 100) == 0);
@@ -1643,7 +1643,7 @@ test_table_connections(void)
 	row[1]->used = 1000;                 /* whatever a worker that ran wild left there */
 	CHECK(table_connections(t, 7, 100) == 4);
 	row[1]->used = 4;
-	table_row_give(row[1]);
+	table_row_give(t, row[1]);
 	CHECK(table_connections(t, 7, 100) == 3 && table_row_take(t) == row[1] && table_connections(t, 9, 100) == 3);
 }
 
@@ -4277,8 +4277,9 @@ test_supervisor_hands_over(void)
 	old->table = table_new(3, config.max_conns, &old->table_fd);
 	old->bound = true;
 	old->listeners = 2;
-	old->child[1] = (struct child){.pid = 11, .control = 100, .slot = 1, .row = table_row(old->table, 2)};
-	old->child[5] = (struct child){.pid = 12, .control = 101, .slot = 0};
+	old->child[0] = (struct child){.pid = 11, .control = 100, .slot = 1, .row = table_row(old->table, 2)};
+	old->child[1] = (struct child){.pid = 12, .control = 101, .slot = 0};
+	old->children = 2;
 	CHECK(upgrade_environment(old) && text_is(getenv("LISTEN_FDS"), "2"));
 	supervisor_inherit(new);
 	CHECK(new->bound && new->keys_fd == old->keys_fd && new->table_fd == old->table_fd &&
@@ -4286,7 +4287,7 @@ test_supervisor_hands_over(void)
 	CHECK(new->keys->salt == old->keys->salt);
 	CHECK(table_address_id(new->table, &peer) == table_address_id(old->table, &peer));
 	CHECK(new->child[0].pid == 11 && new->child[0].control == 100 && new->child[0].slot == 1);
-	CHECK(new->child[1].pid == 12 && new->child[1].control == 101 && new->child[1].slot == 0 && new->child[2].pid == 0);
+	CHECK(new->child[1].pid == 12 && new->child[1].control == 101 && new->child[1].slot == 0 && new->children == 2);
 	CHECK(new->child[0].row == table_row(new->table, 2) && new->child[1].row == NULL);
 	CHECK(getenv("TINYAUTH_HANDOVER") == NULL);
 }
@@ -5623,7 +5624,7 @@ test_table_recover(void)
 		if ((pid[i] = fork()) == 0) {
 			struct conn_row *row = table_row_take(t);
 			table_row_own(t, fd, row);
-			row->address[0] = row->address[2] = 77;
+			table_held(t, row)[0] = table_held(t, row)[2] = 77;
 			row->used = 3;
 			(void)!write(ready[1], "x", 1);
 			pause();
@@ -5632,7 +5633,7 @@ test_table_recover(void)
 	for (int i = 0; i < 2; i++)
 		CHECK(read(ready[0], &word, 1) == 1);
 	struct conn_row *ours = table_row_take(t);
-	ours->address[0] = 77;
+	table_held(t, ours)[0] = 77;
 	ours->used = 1;
 	CHECK(table_connections(t, 77, 100) == 5);
 	table_recover(t, fd);

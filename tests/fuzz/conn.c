@@ -557,7 +557,7 @@ check_given_back(void)
 	MUST(worker.polled.next == &worker.polled && worker.polled.prev == &worker.polled);
 	MUST(worker.waiting.young == &worker.waiting && worker.waiting.old == &worker.waiting);
 	for (size_t i = 0; i < CONNS; i++)
-		MUST(worker.row->address[i] == 0);
+		MUST(table_held(table, worker.row)[i] == 0);
 	for (size_t i = 0; i < world.clients; i++)
 		MUST(fcntl(world.client[i].theirs, F_GETFD) < 0);
 	for (size_t i = 0; i < world.upstreams; i++)
