@@ -2563,11 +2563,13 @@ sessions_new(int *fd)
 	return t;
 }
 
-/* Sessions of another key than this one are gone from now on. */
+/* Sessions of another key than this one are gone from now on. A fresh mapping has none. */
 static void
 sessions_begin(struct sessions *t, uint64_t epoch)
 {
-	if (atomic_load(&t->epoch) != epoch)
+	uint64_t before = atomic_load(&t->epoch);
+
+	if (before != epoch && before != 0)
 		wipe(t->slot, sizeof t->slot);
 	atomic_store(&t->epoch, epoch);
 }

@@ -7,6 +7,7 @@
  *     load idle       [options]     one request on each connection, then silence
  *     load handshakes [options]     TLS connections without a request, resumed ones with -r
  *     load start      [options] -- COMMAND...    time from exec to the first answer; ends the command again
+ *     load inetd      [options] -- COMMAND...    the same of a command that gets the connection as stdin and stdout
  *
  *     -p PORT    of 127.0.0.1                     -c N       connections at once (1)
  *     -P PATH    request target (/api/tags)       -s SECONDS to measure (1)
@@ -59,7 +60,7 @@ enum {
 #define EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 #define TLS12_SUITE "ECDHE-ECDSA-AES128-GCM-SHA256"
 
-enum mode { REQUESTS, STREAMS, IDLE, HANDSHAKES, START };
+enum mode { REQUESTS, STREAMS, IDLE, HANDSHAKES, START, INETD };
 enum state { UNUSED, CONNECTING, HANDSHAKING, SENDING, READING_HEAD, READING_BODY, RESTING };
 enum result { DONE, AGAIN, CLOSED };     /* of a step */
 
@@ -688,20 +689,36 @@ make_request(void)
 
 /* ---- start-up time ------------------------------------------------------------------------------------------- */
 
-/* One request on a connection of its own. True when it was answered as expected. */
+/* One request and the beginning of its answer on a connection that blocks. True when it was answered as expected. */
+static bool
+ask_on(struct conn *c)
+{
+	char head[64] = "";
+
+#ifdef WITH_TLS
+	if (opt.tls != NULL) {
+		tls_begin(c);
+		if (tls_handshake(c) != DONE)
+			return false;
+	}
+#endif
+	return conn_write(c, request, request_n) == (ssize_t)request_n && conn_read(c, head, sizeof head - 1) > 12 &&
+	       atoi(head + 9) == opt.status;
+}
+
 static bool
 ask_once(void)
 {
 	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(opt.port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
 	struct timeval limit = {2, 0};
-	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	char head[64] = "";
+	struct conn c = {.fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)};
 
-	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-	bool good = connect(fd, (struct sockaddr *)&to, sizeof to) == 0 &&
-	            write(fd, request, request_n) == (ssize_t)request_n && read(fd, head, sizeof head - 1) > 12 &&
-	            atoi(head + 9) == opt.status;
-	close(fd);
+	setsockopt(c.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+	bool good = connect(c.fd, (struct sockaddr *)&to, sizeof to) == 0 && ask_on(&c);
+#ifdef WITH_TLS
+	SSL_free(c.ssl);
+#endif
+	close(c.fd);
 	return good;
 }
 
@@ -718,33 +735,32 @@ end_command(pid_t pid)
 	waitpid(pid, NULL, 0);
 }
 
-/* Starts the command; returns once exec has happened, which closes the pipe. */
+/* Starts the command, with `in` as its standard input and output if that is not -1; `*began` is the time before exec, which
+ * has happened when this returns. */
 static pid_t
-begin_command(char **command)
+begin_command(char **command, int in, volatile uint64_t *began)
 {
-	int ends[2];
-	char byte;
-	pid_t pid;
+	pid_t pid = vfork();
 
-	if (pipe2(ends, O_CLOEXEC) != 0 || (pid = fork()) < 0)
+	if (pid < 0)
 		die("fork");
 	if (pid == 0) {
-		dup2(STDERR_FILENO, STDOUT_FILENO);
+		if (in >= 0)
+			dup2(in, STDIN_FILENO);
+		dup2(in >= 0 ? in : STDERR_FILENO, STDOUT_FILENO);
+		*began = now_ns();
 		execv(command[0], command);
 		_exit(127);
 	}
-	close(ends[1]);
-	while (read(ends[0], &byte, 1) < 0 && errno == EINTR)
-		;
-	close(ends[0]);
 	return pid;
 }
 
-static void
-measure_start(char **command)
+static uint64_t
+time_start(char **command)
 {
-	pid_t pid = begin_command(command);
-	uint64_t began = now_ns(), took = 0;
+	volatile uint64_t began;
+	uint64_t took = 0;
+	pid_t pid = begin_command(command, -1, &began);
 
 	while (took == 0 && now_ns() - began < 10000000000ull) {
 		if (ask_once())
@@ -755,7 +771,43 @@ measure_start(char **command)
 	end_command(pid);
 	if (took == 0)
 		die_plain("the command did not answer within 10 s");
-	printf("{\"start_ms\":%.3f}\n", (double)took / 1e6);
+	return took;
+}
+
+/* As inetd starts it: the connection is there before the process, and the request with it. */
+static uint64_t
+time_inetd(char **command)
+{
+	struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t len = sizeof at;
+	int door = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), theirs;
+	struct conn c = {.fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+	char head[64] = "";
+	volatile uint64_t began;
+
+	if (bind(door, (struct sockaddr *)&at, sizeof at) != 0 || listen(door, 1) != 0 ||
+	    getsockname(door, (struct sockaddr *)&at, &len) != 0 || connect(c.fd, (struct sockaddr *)&at, sizeof at) != 0 ||
+	    (theirs = accept4(door, NULL, NULL, SOCK_CLOEXEC)) < 0)
+		die("connection");
+	if (write(c.fd, request, request_n) != (ssize_t)request_n)
+		die("request");
+	pid_t pid = begin_command(command, theirs, &began);
+	close(theirs);
+	bool good = read(c.fd, head, sizeof head - 1) > 12 && atoi(head + 9) == opt.status;
+	uint64_t took = now_ns() - began;
+	close(c.fd);
+	end_command(pid);
+	if (!good)
+		die_plain("the command did not answer");
+	return took;
+}
+
+/* The second of two starts: this client's own first steps, such as those into its TLS library, are not measured. */
+static void
+measure_start(uint64_t (*start)(char **), char **command)
+{
+	start(command);
+	printf("{\"start_ms\":%.3f}\n", (double)start(command) / 1e6);
 }
 
 /* ---- main ---------------------------------------------------------------------------------------------------- */
@@ -794,7 +846,7 @@ read_options(int argc, char **argv)
 static enum mode
 read_mode(const char *word)
 {
-	static const char *const words[] = {"requests", "streams", "idle", "handshakes", "start"};
+	static const char *const words[] = {"requests", "streams", "idle", "handshakes", "start", "inetd"};
 
 	for (unsigned i = 0; i < sizeof words / sizeof words[0]; i++)
 		if (strcmp(word, words[i]) == 0)
@@ -812,16 +864,16 @@ main(int argc, char **argv)
 	read_options(argc - 1, argv + 1);
 	signal(SIGPIPE, SIG_IGN);
 	make_request();
-	if (opt.mode == START) {
-		measure_start(argv + 1 + optind);
-		return 0;
-	}
 	if (opt.tls != NULL) {
 #ifdef WITH_TLS
 		tls_prepare();
 #else
 		die_plain("built without TLS");
 #endif
+	}
+	if (opt.mode == START || opt.mode == INETD) {
+		measure_start(opt.mode == START ? time_start : time_inetd, argv + 1 + optind);
+		return 0;
 	}
 	epfd = epoll_create1(EPOLL_CLOEXEC);
 	if (opt.mode == STREAMS) {

@@ -73,6 +73,9 @@ ROWS = [
     Row("binary_size", "binary, stripped", "KB"),
     Row("image_size", "binary and its libraries", "KB", charted=True),
     Row("start", "exec to first answer", "ms", charted=True),
+    Row("start1000", "exec to first answer, 1,000 keys", "ms", own=True),
+    Row("tlsstart1000", "the same with TLS", "ms", own=True),
+    Row("inetd1000", "-i, exec to first byte, 1,000 keys", "ms", own=True),
     Row("reload_failed", "failed requests, 64 conns, 8 HUPs", "requests", own=True),
 ]
 ROW = {row.id: row for row in ROWS}
@@ -130,7 +133,9 @@ GOALS = [
     Goal("KB a stream", "stream_memory", "", False, 8),
     Goal("anonymous memory at rest", "rest_memory", "nginx", False, 0.1),
     Goal("KB of the stripped binary", "binary_size", "", False, 200),
-    Goal("ms from exec to the first answer", "start", "", False, 5),
+    Goal("ms from exec to the first answer, 1,000 keys", "start1000", "", False, 5),
+    Goal("ms from exec to the first answer, 1,000 keys, TLS", "tlsstart1000", "", False, 10),
+    Goal("ms of -i from exec to the first byte, 1,000 keys", "inetd1000", "", False, 3),
     Goal("TLS requests a CPU second, 64 connections", "tls64_cpu", "nginx", True, 0.9, inverse=True),
     Goal("TLS bytes a CPU second, 100 MB down", "tlsdown_cpu", "nginx", True, 0.8, inverse=True),
     Goal("resumed TLS handshakes a CPU second", "resumed_cpu", "nginx", True, 0.5, inverse=True),

@@ -352,14 +352,16 @@ def tls_memory(bench):
     memory_each(bench, "tlsstream_memory", TLS, "1.2", "streams", 200, ("-P", CHAT))
 
 
-def start_ms(bench, name, setup):
+def start_ms(bench, name, setup, mode="start"):
     """From exec to the first answer; the key is the last one of the file."""
     command, extra, port, _ = bench.stable.prepare(name, setup)
     if "stdout" in extra:
         extra.pop("stdout").close()
     key = f"sk-bulk-{setup.keys - 1:08}-0123456789abcdef" if setup.keys else KEYS[0]
-    status, out, err = bench.processes.run([bench.programs / "load", "start", "-p", port, "-K", key, "--", *command], 30,
-                                           stdin=subprocess.DEVNULL, **extra)
+    if mode == "inetd":
+        command.insert(1, "-i")
+    words = [mode, "-p", port, "-K", key, *(("-t", setup.tls) if setup.tls else ())]
+    status, out, err = bench.processes.run([bench.programs / "load", *words, "--", *command], 30, stdin=subprocess.DEVNULL, **extra)
     if status != 0:
         bench.figures.note(f"{TITLES[name]}: no start-up time: {(err.strip().splitlines() or ['?'])[-1]}")
         return None
@@ -394,6 +396,10 @@ def at_rest(bench):
     for number in range(2 if bench.options.quick else 9):
         for name in names:
             bench.figures.add("start", name, number, start_ms(bench, name, Setup(room=0)))
+        bench.figures.add("start1000", "tinyauth", number, start_ms(bench, "tinyauth", Setup(room=0, keys=1000)))
+        bench.figures.add("inetd1000", "tinyauth", number, start_ms(bench, "tinyauth", Setup(room=0, keys=1000), "inetd"))
+        if bench.stable.has("tinyauth", Setup(tls="1.2")):
+            bench.figures.add("tlsstart1000", "tinyauth", number, start_ms(bench, "tinyauth", Setup(room=0, keys=1000, tls="1.2")))
 
 
 def reloads(bench):
