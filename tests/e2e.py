@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -387,7 +388,7 @@ class Tinyauth:
         self.status = 0                     # expected
         self.reading = threading.Event()
         self.reading.set()
-        command = [binary or lab.binary, "-l", listen, "-u", upstream or lab.shared.name, "-w", str(workers),
+        command = [*lab.enter, binary or lab.binary, "-l", listen, "-u", upstream or lab.shared.name, "-w", str(workers),
                    "--ip-rate", ip_rate]
         if keys is not None:
             lab.write(self.keys, keys)
@@ -528,6 +529,8 @@ class Tinyauth:
 class Lab:
     """What one test starts and makes; close() ends it and names what was wrong."""
 
+    enter = []                              # the command that runs tinyauth, if it is run elsewhere
+
     def __init__(self, binary, shared, directory):
         self.binary, self.shared = binary, shared
         self.directory = Path(tempfile.mkdtemp(dir=directory))
@@ -567,7 +570,7 @@ class Lab:
 
     def run(self, *args, status=0, **env):
         """A command to its end; its output as text."""
-        done = subprocess.run([self.binary, *args], env=environment(**env), cwd=self.directory, text=True,
+        done = subprocess.run([*self.enter, self.binary, *args], env=environment(**env), cwd=self.directory, text=True,
                               stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
         wanted = status if isinstance(status, tuple) else (status,)
         assert done.returncode in wanted, f"{args} exits {done.returncode}, not {status}: {done.stderr}"
@@ -2525,9 +2528,11 @@ def main(module):
     parser.add_argument("--tinyauth", metavar="BIN", default=HERE.parent / "tinyauth")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--no-measure", action="store_true")
+    parser.add_argument("--enter", metavar="COMMAND", default="", help="runs tinyauth")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("pattern", metavar="PATTERN", nargs="?", default="")
     options = parser.parse_args()
+    Lab.enter = shlex.split(options.enter)
     tests = [test for name, test in module.items() if name.startswith("test_") and options.pattern in name]
     if options.no_measure:
         tests = [test for test in tests if not getattr(test, "measured", False)]

@@ -1,10 +1,11 @@
 #!/bin/bash
 # The container image: the last stage of contrib/Containerfile, built by buildah from scratch around the built binary, its
-# size and settings; then its root, entered as the numeric user with nothing mounted, serves (entry.py).
+# size and settings; then its root, entered as the numeric user with nothing mounted, serves (entry.py), and passes the
+# end-to-end tests with nothing mounted but the directory that their keys are in.
 #
 #   run.sh [--tinyauth BIN] [-v] [PATTERN]
 #
-# PATTERN picks tests of entry.py by a part of their name. Needs root, buildah and unshare; without them nothing is tested.
+# PATTERN picks tests of entry.py by a part of their name; then those alone run. Needs root, buildah and unshare; without them nothing is tested.
 # The first stage, which compiles on Alpine, takes a registry and is not built here. The last line is `N passed, N failed`.
 set -u
 
@@ -132,12 +133,25 @@ container=$(images from tinyauth:test) && root=$(images mount "$container")
 [ "$(find "$root" -mindepth 1)" = "$root/tinyauth" ]
 verdict "nothing but the binary in it" $? "$(find "$root" -mindepth 1 | tr '\n' ' ')"
 
+# counted FILE: adds the last line of a test program's output.
+counted() {
+    counts=$(tail -n 1 "$1" | sed -nE 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2/p')
+    [ -n "$counts" ] || counts="0 1"
+    cat "$1"
+    passed=$((passed + ${counts% *}))
+    failed=$((failed + ${counts#* }))
+}
+
 # its own network, in which the model and the clients are too, and its own mounts
 unshare --net --mount --propagation private python3 "$here/entry.py" --root "$root" ${verbose:+"$verbose"} "$pattern" \
     >"$work/output" 2>&1
-cat "$work/output"
-counts=$(tail -n 1 "$work/output" | sed -nE 's/^([0-9]+) passed, ([0-9]+) failed$/\1 \2/p')
-[ -n "$counts" ] || counts="0 1"
-passed=$((passed + ${counts% *}))
-failed=$((failed + ${counts#* }))
+counted "$work/output"
+
+# The end-to-end tests, with nothing in the root but the binary and the directory that their keys are in.
+if [ -z "$pattern" ]; then
+    mkdir "$work/lab" && cp "$root/tinyauth" "$work/lab/tinyauth" && mkdir -p "$root$work/lab" || exit 1
+    TMPDIR=$work/lab python3 "$here/../e2e.py" --tinyauth "$work/lab/tinyauth" --no-measure ${verbose:+"$verbose"} \
+        --enter "$here/enter.sh $root $work/lab" >"$work/output" 2>&1
+    counted "$work/output"
+fi
 finish
