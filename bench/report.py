@@ -94,16 +94,23 @@ class Goal:
         name = {"": "", "relay": "the bare relay"}.get(self.other, TITLES.get(self.other, ""))
         return f"{'>=' if self.least else '<='} {self.limit:g}{' of ' + name if name else ''}"
 
-    def measured(self, figures):
+    def measured(self, figures, name="tinyauth"):
         """What is told, and whether it reaches the goal; (None, None) when it was not measured."""
-        ours, theirs = figures.median(self.row, "tinyauth"), figures.median(self.row, self.other)
+        ours, theirs = figures.median(self.row, name), figures.median(self.row, self.other)
         if ours is None or (self.other and theirs is None):
             return None, None
         if ROW[self.row].difference and self.other:
             return f"{shown(ours)} to {shown(theirs)} us", ours <= theirs * self.limit
-        value = figures.ratio(self.row, self.other) if self.other else ours
+        value = figures.ratio(self.row, self.other, name) if self.other else ours
         value = 1 / value if self.inverse else value
         return f"{value:.2f}", value >= self.limit if self.least else value <= self.limit
+
+    def floor(self, figures):
+        """The same of the bare relay, or of that with epoll where it spends less."""
+        if self.other in ("", "relay") or ROW[self.row].difference:
+            return None, None
+        found = [told for told in (self.measured(figures, name) for name in ("relay", "epoll")) if told[0]]
+        return (max if self.least else min)(found, key=lambda told: float(told[0]), default=(None, None))
 
 
 GOALS = [
@@ -164,13 +171,13 @@ class Figures:
         rounds = self.all[row].get(proxy)
         return statistics.median(rounds.values()) if rounds else None
 
-    def ratio(self, row, other):
+    def ratio(self, row, other, name="tinyauth"):
         """tinyauth's figure by the other's of the same round; the median over the rounds. What is a difference itself, and may
         come out below nothing in one round, is compared by its medians."""
         if ROW[row].difference:
-            mine, other = self.median(row, "tinyauth"), self.median(row, other)
+            mine, other = self.median(row, name), self.median(row, other)
             return mine / other if mine and other and mine > 0 and other > 0 else None
-        ours, theirs = self.all[row].get("tinyauth", {}), self.all[row].get(other, {})
+        ours, theirs = self.all[row].get(name, {}), self.all[row].get(other, {})
         ratios = [ours[n] / theirs[n] for n in ours if theirs.get(n)]
         return statistics.median(ratios) if ratios else None
 
@@ -205,9 +212,11 @@ def table_cells(figures):
 def goal_cells(figures):
     rows = []
     for goal in GOALS:
-        told, reached = goal.measured(figures)
-        rows.append([goal.work, goal.text(), told or NONE, "not measured" if told is None else "yes" if reached else "**no**"])
-    return ["work", "goal", "measured", "reached"], rows
+        (told, reached), (floor, possible) = goal.measured(figures), goal.floor(figures)
+        verdict = "not measured" if told is None else "yes" if reached else "**no**" if possible is not False else \
+            "**no**, nor by the relay"
+        rows.append([goal.work, goal.text(), told or NONE, floor or NONE, verdict])
+    return ["work", "goal", "measured", "bare relay", "reached"], rows
 
 
 def aligned(head, rows):
@@ -291,7 +300,7 @@ def tell(processes, figures, facts, directory):
     tsv, svg = directory / "results.tsv", directory / "results.svg"
     wrote_chart = draw(processes, tsv, svg, write_tsv(tsv, figures))
     write_markdown(directory / "RESULTS.md", figures, facts, wrote_chart)
-    missed = [row for row in goal_cells(figures)[1] if row[3] == "**no**"]
-    for work, goal, measured, _ in missed:
-        machine.say(f"goal not reached: {work}: {goal}, measured {measured}")
+    for work, goal, measured, floor, reached in goal_cells(figures)[1]:
+        if "no**" in reached:
+            machine.say(f"goal not reached: {work}: {goal}, measured {measured}; the bare relay: {floor}")
     machine.say(f"wrote {directory / 'RESULTS.md'}, results.tsv{', results.svg' if wrote_chart else ''}")
