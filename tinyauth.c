@@ -7894,11 +7894,11 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	worker_signals();
 	for (unsigned i = 0; i < s->children; i++)
 		close(s->child[i].control);
-	close(s->keys_fd);                   /* -1, where there is none, closes nothing */
-	close(s->sessions_fd);
+	close(s->shared[SHARED_KEYS]);       /* -1, where there is none, closes nothing */
+	close(s->shared[SHARED_SESSIONS]);
 	close(s->notify);
 	if (config.state == NULL)
-		close(s->table_fd);
+		close(s->shared[SHARED_TABLE]);
 	w->log = s->log;
 	w->log->n = w->log->dropped = 0;
 	w->keys = s->keys;
@@ -7908,7 +7908,7 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	w->sessions = s->sessions;
 	w->row = row;
 	if (config.state != NULL)
-		table_row_own(s->table, s->table_fd, row);
+		table_row_own(s->table, s->shared[SHARED_TABLE], row);
 	w->control = control;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
@@ -8080,11 +8080,11 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	if (map != NULL)
 		keys_flip(map);
 	if (map != NULL && map != old) {
-		int old_fd = s->keys_fd;
+		int old_fd = s->shared[SHARED_KEYS];
 		size_t old_size = s->keys_size;
 		s->keys = map;
 		s->keys_size = size;
-		s->keys_fd = fd;
+		s->shared[SHARED_KEYS] = fd;
 		if (s->serving)
 			supervisor_generation(s);
 		if (old != NULL) {
@@ -8261,9 +8261,8 @@ upgrade_expose(const struct supervisor *s, bool shown)
 {
 	int flags = shown ? 0 : FD_CLOEXEC;
 
-	fcntl(s->keys_fd, F_SETFD, flags);   /* of -1, where there is none, nothing */
-	fcntl(s->table_fd, F_SETFD, flags);
-	fcntl(s->sessions_fd, F_SETFD, flags);
+	for (unsigned i = 0; i < SHARED_COUNT; i++)
+		fcntl(s->shared[i], F_SETFD, flags);   /* of -1, where there is none, nothing */
 	for (unsigned i = 0; i < s->children; i++)
 		fcntl(s->child[i].control, F_SETFD, flags);
 }
@@ -8277,7 +8276,9 @@ upgrade_environment(const struct supervisor *s)
 	struct out o = {text, 0, sizeof text - 1, false};
 	char number[24];
 
-	out_print(&o, "%d %d %d %d %d", s->keys_fd, s->table_fd, s->sessions_fd, s->bound, s->closed);
+	for (unsigned i = 0; i < SHARED_COUNT; i++)
+		out_print(&o, "%d ", s->shared[i]);
+	out_print(&o, "%d %d", s->bound, s->closed);
 	for (const struct child *child = s->child; child < s->child + s->children; child++)
 		out_print(&o, " %d:%d:%d:%d", child->pid, child->control, child->slot, table_row_number(s->table, child->row));
 	text[o.n] = '\0';
@@ -8300,9 +8301,8 @@ supervisor_upgrade(struct supervisor *s)
 	}
 	log_note(s->log, "upgrade", NULL);
 	log_flush(s->log);
-	s->keys_fd = upgrade_lift(s->keys_fd, above);
-	s->table_fd = upgrade_lift(s->table_fd, above);
-	s->sessions_fd = upgrade_lift(s->sessions_fd, above);
+	for (unsigned i = 0; i < SHARED_COUNT; i++)
+		s->shared[i] = upgrade_lift(s->shared[i], above);
 	s->log->fd = s->log->fd > STDERR_FILENO ? upgrade_lift(s->log->fd, above) : s->log->fd;
 	for (unsigned i = 0; i < s->listeners; i++)
 		s->listener[i] = upgrade_lift(s->listener[i], above);
@@ -8312,7 +8312,7 @@ supervisor_upgrade(struct supervisor *s)
 	for (unsigned i = 0; i < s->listeners; i++)
 		listening = listening && s->listener[i] >= above && dup2(s->listener[i], 3 + (int)i) >= 0;
 	upgrade_expose(s, true);
-	if (s->keys_fd < 0)                  /* cannot be handed over: the old workers must not go on with keys nobody edits */
+	if (s->shared[SHARED_KEYS] < 0)      /* cannot be handed over: the old workers must not go on with keys nobody edits */
 		atomic_store(&s->keys->stale, STALE_ALL);
 	if (listening && upgrade_environment(s))
 		execv(s->binary, s->argv);
@@ -8326,24 +8326,43 @@ supervisor_upgrade(struct supervisor *s)
 	unsetenv("TINYAUTH_HANDOVER");
 }
 
-/* A mapping that the old binary left us, if its layout is ours. An older key table is marked: nobody writes it any more. */
+/* A mapping that the old binary left us, if its layout is ours and it has `least` bytes or more; else *fd becomes -1. An older
+ * key table is marked: nobody writes it any more. */
 static void *
-inherit_map(int fd, uint64_t magic, size_t *size)
+inherit_map(int *fd, uint64_t magic, size_t least, size_t *size)
 {
 	struct stat st;
+	uint64_t *map = MAP_FAILED;
 
-	if (fd < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fstat(fd, &st) != 0 || st.st_size < (off_t)sizeof(struct keys_map))
-		return NULL;
-	*size = (size_t)st.st_size;
-	uint64_t *map = mmap(NULL, *size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (map == MAP_FAILED)
-		return NULL;
-	if (*map == magic)
+	if (*fd >= 0 && fcntl(*fd, F_SETFD, FD_CLOEXEC) == 0 && fstat(*fd, &st) == 0 && st.st_size >= (off_t)sizeof(struct keys_map))
+		map = mmap(NULL, *size = (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+	if (map != MAP_FAILED && *map == magic && *size >= least)
 		return map;
-	if (magic == KEYS_MAGIC)
+	if (map != MAP_FAILED && magic == KEYS_MAGIC)
 		atomic_store(&((struct keys_map *)map)->stale, STALE_ALL);
-	munmap(map, *size);
-	close(fd);
+	if (map != MAP_FAILED)
+		munmap(map, *size);
+	close(*fd);
+	*fd = -1;
+	return NULL;
+}
+
+/* The table that the old binary left us, unless it is of another geometry: then the old workers count for themselves. */
+static struct table *
+inherit_table(int *fd)
+{
+	size_t size;
+	struct table *t = inherit_map(fd, TABLE_MAGIC, sizeof *t, &size);
+
+	if (t == NULL)
+		return NULL;
+	table_believe(t);
+	if (geometry.rows <= ROWS_MAX && geometry.conns <= CONNS_MAX && geometry.conns >= config.max_conns &&
+	    table_size(geometry.rows, geometry.conns) == size)
+		return t;
+	munmap(t, size);
+	close(*fd);
+	*fd = -1;
 	return NULL;
 }
 
@@ -8352,32 +8371,19 @@ static void
 supervisor_inherit(struct supervisor *s)
 {
 	char *text = getenv("TINYAUTH_HANDOVER");
-	size_t mapped, sessions_size;
+	size_t size;
 
 	if (text == NULL)
 		return;
-	int keys_fd = (int)strtol(text, &text, 10), table_fd = (int)strtol(text, &text, 10);
-	int sessions_fd = (int)strtol(text, &text, 10);
+	for (unsigned i = 0; i < SHARED_COUNT; i++)
+		s->shared[i] = (int)strtol(text, &text, 10);
 	s->bound = strtol(text, &text, 10) != 0;
 	s->closed = strtol(text, &text, 10) != 0;
-	s->keys = inherit_map(keys_fd, KEYS_MAGIC, &s->keys_size);
-	s->keys_fd = s->keys != NULL ? keys_fd : -1;
-	s->table = inherit_map(table_fd, TABLE_MAGIC, &mapped);
-	if (s->table != NULL)
-		table_believe(s->table);
-	if (s->table != NULL && (geometry.rows > ROWS_MAX || geometry.conns > CONNS_MAX || geometry.conns < config.max_conns ||
-	    table_size(geometry.rows, geometry.conns) != mapped)) {
-		munmap(s->table, mapped);    /* of another geometry: begun anew; the old workers count for themselves */
-		close(table_fd);
-		s->table = NULL;
-	}
-	s->table_fd = s->table != NULL ? table_fd : -1;
-	s->sessions = inherit_map(sessions_fd, SESSIONS_MAGIC, &sessions_size);
-	if (s->sessions != NULL && sessions_size < sizeof *s->sessions)
-		s->sessions = NULL;
+	s->keys = inherit_map(&s->shared[SHARED_KEYS], KEYS_MAGIC, sizeof *s->keys, &s->keys_size);
+	s->table = inherit_table(&s->shared[SHARED_TABLE]);
+	s->sessions = inherit_map(&s->shared[SHARED_SESSIONS], SESSIONS_MAGIC, sizeof *s->sessions, &size);
 	if (s->sessions != NULL)
 		madvise(s->sessions, sizeof *s->sessions, MADV_DONTDUMP);
-	s->sessions_fd = s->sessions != NULL ? sessions_fd : -1;
 	while (*text == ' ' && s->children < CHILDREN_MAX) {
 		struct child *child = &s->child[s->children++];
 		child->pid = (int)strtol(text, &text, 10);
@@ -8550,9 +8556,8 @@ supervisor_forget(void *of)
 	munmap(s->table, geometry.size);
 	if (s->sessions != NULL)
 		munmap(s->sessions, sizeof *s->sessions);
-	close(s->keys_fd);
-	close(s->table_fd);
-	close(s->sessions_fd);
+	for (unsigned i = 0; i < SHARED_COUNT; i++)
+		close(s->shared[i]);
 	close(s->notify);
 	pair_forget(s->pair);
 }
@@ -8731,13 +8736,13 @@ supervisor_table(struct supervisor *s)
 	bool aside = false;
 
 	if (s->table == NULL && config.state != NULL)
-		s->table = table_open(config.state, rows, rows, config.max_conns, &s->table_fd, &aside);
+		s->table = table_open(config.state, rows, rows, config.max_conns, &s->shared[SHARED_TABLE], &aside);
 	else if (s->table == NULL)
-		s->table = table_new(rows, config.max_conns, &s->table_fd);
+		s->table = table_new(rows, config.max_conns, &s->shared[SHARED_TABLE]);
 	if (aside)
 		say(STDERR_FILENO, "tinyauth: %s: was no table of this version and size; set aside as %s.old\n", config.state, config.state);
 	if (config.state != NULL)
-		table_recover(s->table, s->table_fd);
+		table_recover(s->table, s->shared[SHARED_TABLE]);
 }
 
 static struct log *
@@ -8798,7 +8803,7 @@ supervisor_run(char *const *argv)
 
 	s->argv = argv;
 	s->binary = supervisor_binary(argv[0]);
-	s->sessions_fd = -1;
+	s->shared[SHARED_SESSIONS] = -1;
 	s->watched[WATCHED_KEYS].path = config.keys;
 	s->now_ns = s->active_ns = clock_ns();
 	supervisor_signals();
@@ -8815,7 +8820,7 @@ supervisor_run(char *const *argv)
 	watched_begin(&s->watched[WATCHED_TLS_KEY], config.tls_key);
 	struct tls_pair *pair = pair_from_config(EX_CONFIG);
 	if (pair != NULL && s->sessions == NULL)
-		s->sessions = sessions_new(&s->sessions_fd);
+		s->sessions = sessions_new(&s->shared[SHARED_SESSIONS]);
 	s->log = log_new_from_config();
 	if (pair != NULL)
 		supervisor_certify(s, pair);
@@ -8900,7 +8905,7 @@ inetd_run(void)
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "keys"};
 	struct sockaddr_storage peer;
 	bool aside, heard;
-	int in, out, one = 1;
+	int in, out, one = 1, *table_fd = &s->shared[SHARED_TABLE];
 
 	inetd_descriptors(s, &in, &out);
 	bool mute = inetd_mute(in, out);
@@ -8912,12 +8917,12 @@ inetd_run(void)
 	config.max_conns = 1;
 	w->keys = s->keys;
 	w->pair = pair_from_config(EX_CONFIG);
-	w->table = config.state != NULL ? table_open(config.state, 1, INETD_ROWS, 1, &s->table_fd, &aside) : table_new(1, 1, &s->table_fd);
+	w->table = config.state != NULL ? table_open(config.state, 1, INETD_ROWS, 1, table_fd, &aside) : table_new(1, 1, table_fd);
 	if (config.state != NULL)
-		table_recover(w->table, s->table_fd);
+		table_recover(w->table, *table_fd);
 	w->row = table_row_take(w->table);
 	if (config.state != NULL)
-		table_row_own(w->table, s->table_fd, w->row);
+		table_row_own(w->table, *table_fd, w->row);
 	w->log = log_new_from_config();
 	w->log->off = mute && config.log == NULL;
 	if (config.state == NULL)

@@ -524,16 +524,17 @@ enum watched_file { WATCHED_KEYS, WATCHED_TLS_CERT, WATCHED_TLS_KEY, WATCHED_COU
 /* Parts of the sandbox. */
 enum { WALL_USER = 1, WALL_ROOT = 2, WALL_PRIVILEGES = 4, WALL_SECCOMP = 8, WALL_FILES = 16, WALL_CONNECT = 32 };
 
+/* Mappings that workers share. */
+enum { SHARED_KEYS, SHARED_TABLE, SHARED_SESSIONS, SHARED_COUNT };
+
 struct supervisor {
 	struct log *log;
 	struct keys_map *keys;
 	size_t keys_size;
-	int keys_fd;                 /* memfd of keys, -1: anonymous */
 	struct table *table;
-	int table_fd;                /* its memfd, or --state's file; -1: anonymous */
 	struct tls_pair *pair;       /* NULL: no TLS */
 	struct sessions *sessions;   /* NULL: no TLS */
-	int sessions_fd;             /* its memfd; -1: anonymous, or none */
+	int shared[SHARED_COUNT];    /* descriptors of keys, table and sessions: memfds, or --state's file; -1: anonymous, or none */
 	int listener[LISTEN_MAX];
 	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;

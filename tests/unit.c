@@ -4273,8 +4273,9 @@ test_supervisor_hands_over(void)
 	const struct sockaddr_storage peer = {.ss_family = AF_INET};
 
 	config.max_conns = 4;
-	old->keys = keys_new(1, &old->keys_size, &old->keys_fd);
-	old->table = table_new(3, config.max_conns, &old->table_fd);
+	old->keys = keys_new(1, &old->keys_size, &old->shared[SHARED_KEYS]);
+	old->table = table_new(3, config.max_conns, &old->shared[SHARED_TABLE]);
+	old->shared[SHARED_SESSIONS] = -1;
 	old->bound = true;
 	old->listeners = 2;
 	old->child[0] = (struct child){.pid = 11, .control = 100, .slot = 1, .row = table_row(old->table, 2)};
@@ -4282,8 +4283,7 @@ test_supervisor_hands_over(void)
 	old->children = 2;
 	CHECK(upgrade_environment(old) && text_is(getenv("LISTEN_FDS"), "2"));
 	supervisor_inherit(new);
-	CHECK(new->bound && new->keys_fd == old->keys_fd && new->table_fd == old->table_fd &&
-	    new->keys_size == old->keys_size);
+	CHECK(new->bound && memcmp(new->shared, old->shared, sizeof old->shared) == 0 && new->keys_size == old->keys_size);
 	CHECK(new->keys->salt == old->keys->salt);
 	CHECK(table_address_id(new->table, &peer) == table_address_id(old->table, &peer));
 	CHECK(new->child[0].pid == 11 && new->child[0].control == 100 && new->child[0].slot == 1);
@@ -4301,11 +4301,11 @@ test_supervisor_older_layout(void)
 	struct keys_map *map = keys_new(1, &size, &fd);
 
 	map->magic++;
-	CHECK(inherit_map(fd, KEYS_MAGIC, &size) == NULL && atomic_load(&map->stale) == 1);
+	CHECK(inherit_map(&fd, KEYS_MAGIC, sizeof *map, &size) == NULL && fd == -1 && atomic_load(&map->stale) == 1);
 	struct table *t = table_new(1, 1, &fd);
 	t->magic++;
-	CHECK(inherit_map(fd, TABLE_MAGIC, &size) == NULL && t->seed[0] != 0);
-	CHECK(inherit_map(-1, KEYS_MAGIC, &size) == NULL);
+	CHECK(inherit_map(&fd, TABLE_MAGIC, sizeof *t, &size) == NULL && fd == -1 && t->seed[0] != 0);
+	CHECK(inherit_map(&fd, KEYS_MAGIC, sizeof *map, &size) == NULL && fd == -1);
 }
 
 static void
