@@ -200,7 +200,7 @@ rig_keys(void)
 	int fd;
 	struct keys_map *map = keys_new(1, &size, &fd);
 
-	must(map != NULL && keys_parse(map, S("alice " KEY "\n"), &config, &bad), "keys");
+	must(map != NULL && keys_parse(map, S("alice " KEY "\n"), 2, &config, &bad), "keys");
 	keys_flip(map);
 	return map;
 }
