@@ -6727,7 +6727,8 @@ addr_port(const struct addr *a)
 
 struct landlock_rules { uint64_t files, net, scoped; };
 struct landlock_port { uint64_t allowed, port; };
-enum { LANDLOCK_VERSION = 1, LANDLOCK_PORT = 2, NET_CONNECT = 2, NET_BIND_AND_CONNECT = 3,
+struct landlock_file { uint64_t allowed; int32_t fd; } __attribute__((packed));
+enum { LANDLOCK_VERSION = 1, LANDLOCK_FILE = 1, LANDLOCK_PORT = 2, READ_FILE = 4, NET_CONNECT = 2, NET_BIND_AND_CONNECT = 3,
 	ABSTRACT_SOCKETS_AND_SIGNALS = 3 };
 
 static int
@@ -6738,27 +6739,48 @@ landlock_version(void)
 	return version < 0 ? 0 : (int)version;
 }
 
-/* Closes the file system, and of TCP all but connecting to the upstream's ports. */
-static unsigned
-sandbox_landlock(void)
+/* A list that opens nothing yet, or -1. */
+static int
+landlock_begin(int version)
 {
 	static const uint64_t FILES[] = {0, 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff};   /* what each version knows */
-	int version = landlock_version();
 	struct landlock_rules rules = {.files = FILES[version < 5 ? version : 5], .net = version >= 4 ? NET_BIND_AND_CONNECT : 0,
 	    .scoped = version >= 6 ? ABSTRACT_SOCKETS_AND_SIGNALS : 0};
 
 	if (version == 0)
-		return 0;
-	int fd = (int)syscall(SYS_landlock_create_ruleset, &rules, version >= 6 ? 24 : version >= 4 ? 16 : 8, 0);
-	if (fd < 0)
-		return 0;
-	bool good = true;
-	for (unsigned i = 0; i < config.upstream.addrs && version >= 4; i++) {
-		struct landlock_port port = {NET_CONNECT, addr_port(&config.upstream.addr[i])};
-		good = good && (port.port == 0 || syscall(SYS_landlock_add_rule, fd, LANDLOCK_PORT, &port, 0) == 0);
-	}
+		return -1;
+	return (int)syscall(SYS_landlock_create_ruleset, &rules, version >= 6 ? 24 : version >= 4 ? 16 : 8, 0);
+}
+
+static bool
+landlock_port(int fd, uint16_t port)
+{
+	struct landlock_port rule = {NET_CONNECT, port};
+
+	return syscall(SYS_landlock_add_rule, fd, LANDLOCK_PORT, &rule, 0) == 0;
+}
+
+/* Puts the list in force, if it is as it should be. */
+static bool
+landlock_end(int fd, bool good)
+{
 	good = good && syscall(SYS_landlock_restrict_self, fd, 0) == 0;
 	close(fd);
+	return good;
+}
+
+/* Closes the file system, and of TCP all but connecting to the upstream's ports. */
+static unsigned
+sandbox_landlock(void)
+{
+	int version = landlock_version(), fd = landlock_begin(version);
+	bool good = fd >= 0;
+
+	for (unsigned i = 0; i < config.upstream.addrs && version >= 4; i++) {
+		uint16_t port = addr_port(&config.upstream.addr[i]);
+		good = good && (port == 0 || landlock_port(fd, port));
+	}
+	good = landlock_end(fd, good);
 	return !good ? 0 : version >= 4 ? WALL_FILES | WALL_CONNECT : WALL_FILES;
 }
 
@@ -6848,15 +6870,36 @@ sandbox_supervisor(bool closed)
 		sandbox_seccomp(FOR_SUPERVISOR);
 }
 
-/* The child that looks up names has to read files such as /etc/hosts, and to ask a server. */
+/* Leaves the files that musl looks at for a name, wherever links of these names lead, and a name server's TCP port. Other
+ * libraries read more than can be told here. */
+static void
+sandbox_names(void)
+{
+#if !defined(__GLIBC__)
+	static const char *const FILES[] = {"/etc/hosts", "/etc/resolv.conf"};
+	int fd = landlock_begin(landlock_version());
+
+	for (size_t i = 0; i < LENGTH(FILES) && fd >= 0; i++) {
+		struct landlock_file rule = {READ_FILE, open(FILES[i], O_RDONLY | O_CLOEXEC)};
+		syscall(SYS_landlock_add_rule, fd, LANDLOCK_FILE, &rule, 0);
+		close(rule.fd);
+	}
+	landlock_port(fd, 53);
+	landlock_end(fd, true);
+#endif
+}
+
+/* The child that looks up names. */
 static void
 sandbox_resolver(void)
 {
 	if (!sandbox_user())
 		_exit(EXIT_FAILURE);
 	sandbox_undumpable();
-	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0) {
+		sandbox_names();
 		sandbox_seccomp(FOR_RESOLVER);
+	}
 }
 
 #elif defined(TINYAUTH_NO_SANDBOX)

@@ -5994,7 +5994,7 @@ static long
 act_resolve(const struct ground *g)
 {
 	char byte;
-	int fd = open("/etc/passwd", O_RDONLY | O_CLOEXEC), line = 0;
+	int fd = open("/etc/hosts", O_RDONLY | O_CLOEXEC), line = 0;
 	struct sockaddr_in in = {.sin_family = AF_INET};
 
 	(void)g;
@@ -6007,10 +6007,17 @@ act_resolve(const struct ground *g)
 	return line == 0 ? 0 : -1;
 }
 
+static long
+act_read_other(const struct ground *g)
+{
+	(void)g;
+	return open("/etc/passwd", O_RDONLY | O_CLOEXEC);
+}
+
 static void
 test_sandbox_resolver(void)
 {
-	/* Who looks up names reads files and has datagrams, but executes, forks, traces and kills nothing. */
+	/* Who looks up names reads its two files and has datagrams, but executes, forks, traces and kills nothing. */
 	static const struct { const char *name; long (*action)(const struct ground *); } CASES[] = {
 		CASE(execve), CASE(clone), CASE(ptrace), CASE(kill), CASE(setuid), CASE(chroot), CASE(mprotect), CASE(unlinkat),
 		CASE(memfd), CASE(listen), CASE(mkdirat), CASE(prctl), CASE(mount), CASE(bpf), CASE(io_uring),
@@ -6022,6 +6029,7 @@ test_sandbox_resolver(void)
 		return;
 	}
 	CHECK(walled(FOR_RESOLVER, &g, act_resolve) == 0);
+	CHECK(!(walls_here(&g) & WALL_FILES) || walled(FOR_RESOLVER, &g, act_read_other) == EACCES);
 	for (size_t i = 0; i < LENGTH(CASES); i++)
 		CHECK_OF(CASES[i].name, walled(FOR_RESOLVER, &g, CASES[i].action) == CUT_OFF);
 }
