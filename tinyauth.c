@@ -8771,21 +8771,19 @@ supervisor_binary(const char *argv0)
 	return n > 0 ? (path[n] = '\0', path) : argv0;
 }
 
-/* The shared table: what a binary before us left, else that of the file, else a new one. */
-static void
-supervisor_table(struct supervisor *s)
+/* The shared table: that of the file, with `least` rows or more, else a new one with `rows`. */
+static struct table *
+table_from_config(uint64_t least, uint64_t rows, int *fd)
 {
-	uint64_t rows = ROWS_PER_WORKER * config.workers;
-	bool aside = false;
+	bool aside;
 
-	if (s->table == NULL && config.state != NULL)
-		s->table = table_open(config.state, rows, rows, config.max_conns, &s->shared[SHARED_TABLE], &aside);
-	else if (s->table == NULL)
-		s->table = table_new(rows, config.max_conns, &s->shared[SHARED_TABLE]);
+	if (config.state == NULL)
+		return table_new(rows, config.max_conns, fd);
+	struct table *t = table_open(config.state, least, rows, config.max_conns, fd, &aside);
 	if (aside)
 		say(STDERR_FILENO, "tinyauth: %s: was no table of this version and size; set aside as %s.old\n", config.state, config.state);
-	if (config.state != NULL)
-		table_recover(s->table, s->shared[SHARED_TABLE]);
+	table_recover(t, *fd);
+	return t;
 }
 
 static struct log *
@@ -8850,13 +8848,16 @@ supervisor_run(char *const *argv)
 	s->watched[WATCHED_KEYS].path = config.keys;
 	s->now_ns = s->active_ns = clock_ns();
 	supervisor_signals();
-	uint64_t asked = config.max_conns;
+	uint64_t asked = config.max_conns, rows = ROWS_PER_WORKER * config.workers;
 	supervisor_descriptors();
 	keys_must_be_named(EX_CONFIG);
 	names_find(EX_CONFIG);
 	supervisor_listen(s);
 	supervisor_inherit(s);
-	supervisor_table(s);
+	if (s->table == NULL)
+		s->table = table_from_config(rows, rows, &s->shared[SHARED_TABLE]);
+	else if (config.state != NULL)
+		table_recover(s->table, s->shared[SHARED_TABLE]);
 	if (!supervisor_publish(s, &bad) && s->keys == NULL)   /* an upgrade goes on with the keys it was handed */
 		return EX_CONFIG;
 	watched_begin(&s->watched[WATCHED_TLS_CERT], config.tls_cert);
@@ -8947,7 +8948,7 @@ inetd_run(void)
 	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "keys"};
 	struct sockaddr_storage peer;
-	bool aside, heard;
+	bool heard;
 	int in, out, one = 1, *table_fd = &s->shared[SHARED_TABLE];
 
 	inetd_descriptors(s, &in, &out);
@@ -8960,9 +8961,7 @@ inetd_run(void)
 	config.max_conns = 1;
 	w->keys = s->keys;
 	w->pair = pair_from_config(EX_CONFIG);
-	w->table = config.state != NULL ? table_open(config.state, 1, INETD_ROWS, 1, table_fd, &aside) : table_new(1, 1, table_fd);
-	if (config.state != NULL)
-		table_recover(w->table, *table_fd);
+	w->table = table_from_config(1, config.state != NULL ? INETD_ROWS : 1, table_fd);
 	w->row = table_row_take(w->table);
 	if (config.state != NULL)
 		table_row_own(w->table, *table_fd, w->row);
