@@ -263,6 +263,7 @@ def write_markdown(path, figures, facts, wrote_chart):
 
 def tsv_line(figures, row, place):
     values = [figures.median(row.id, name) for name in COLUMNS] + [figures.ratio(row.id, name) for name in OTHERS]
+    values.append(max((ratio for ratio in (figures.ratio(row.id, name) for name in ("relay", "epoll")) if ratio), default=None))
     return "\t".join([row.id, str(place), row.work, row.unit, "less" if row.less else "more", str(figures.rounds(row.id)),
                       *(NONE if value is None else f"{value:.4g}" for value in values)])
 
@@ -272,7 +273,7 @@ def write_tsv(path, figures):
     which part blocks for gnuplot, all others. `-` is no figure. Returns how many places there are."""
     charted = [row for row in figures.rows() if row.charted and any(figures.ratio(row.id, name) for name in OTHERS)]
     others = [row for row in figures.rows() if row not in charted]
-    head = ["id", "place", "work", "unit", "better", "rounds", *COLUMNS, *(f"tinyauth/{name}" for name in OTHERS)]
+    head = ["id", "place", "work", "unit", "better", "rounds", *COLUMNS, *(f"tinyauth/{name}" for name in OTHERS), "tinyauth/floor"]
     lines = ["\t".join(head), *(tsv_line(figures, row, len(charted) - i) for i, row in enumerate(charted)), "", "",
              *(tsv_line(figures, row, NONE) for row in others)]
     path.write_text("\n".join(lines) + "\n")
