@@ -242,11 +242,13 @@ upstream connection for each request. `nginx tuned` shares kept-alive upstream c
 does. The bare relays, `relay.c`, copy bytes and do nothing else; with a new connection for each request they connect
 upstream each time as well.
 
-CPU time is the kernel's account, in nanoseconds, of all of a proxy's processes. The proxies take turns within each round. Delay is
+CPU time is the kernel's account, in nanoseconds, of all of a proxy's processes. The proxies take turns within each round. With two
+processors the client and the upstream share the one that is not the proxy's, and may fill it before the proxy fills its own: then
+requests a second tell more of them than of the proxy. A goal that the bare relay does not reach either is marked so. Delay is
 from the upstream's write to the client's read, less the same without a proxy. Memory is anonymous and touched shared memory (Pss_Anon
-and Pss_Shmem, what processes share counted once); the kernel's socket buffers are not in it. All TLS figures are TLS 1.2,
-ECDHE-ECDSA-AES128-GCM-SHA256, P-256, but for the row that says otherwise; a handshake is a connection that is opened, agreed and
-closed."""
+and Pss_Shmem, what processes share counted once); the kernel's socket buffers are not in it. Start-up is from exec, by a client
+that has started the same once before. All TLS figures are TLS 1.2, ECDHE-ECDSA-AES128-GCM-SHA256, P-256, but for the row that says
+otherwise; a handshake is a connection that is opened, agreed and closed."""
 
 
 def write_markdown(path, figures, facts, wrote_chart):
