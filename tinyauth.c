@@ -7940,6 +7940,8 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	close(s->shared[SHARED_KEYS]);       /* -1, where there is none, closes nothing */
 	close(s->shared[SHARED_SESSIONS]);
 	close(s->notify);
+	if (s->resolver != 0)
+		close(s->resolver_fd);
 	if (config.state == NULL)
 		close(s->shared[SHARED_TABLE]);
 	w->log = s->log;
