@@ -7238,6 +7238,8 @@ watch(struct worker *w, struct conn *c, struct link *l, int side, short interest
 		return;
 	l->watched = 0;                      /* no memory for the watch: the connection cannot go on, the sweep ends it */
 	c->deadline_ns = w->sweep_ns = w->now_ns;
+	if (c->request != NULL)
+		c->request->idle_ns = w->now_ns;
 }
 
 static void
@@ -7412,10 +7414,9 @@ worker_patience(const struct worker *w)
 static void
 worker_wait(struct worker *w)
 {
-	int ms = worker_patience(w);
-
 	w->called = 0;
-	worker_gather(w);
+	worker_gather(w);                    /* which may bring a deadline near */
+	int ms = worker_patience(w);
 	if (w->many)
 		watch_wait(w, ms);
 	else if (poll(w->pfd, w->pollfds, ms) > 0)

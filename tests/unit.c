@@ -4227,6 +4227,29 @@ test_worker_parks(void)
 	CHECK(worker_is_idle(w));
 }
 
+static void
+test_worker_cannot_watch(void)
+{
+	/* A connection that the epoll set does not take ends at once, also one whose body makes its way. */
+	static char body[STRETCH_BYTES + 1];
+	struct rig r = rig_new();
+	struct worker *w = r.w;
+
+	rig_send(&r, r.client, S("POST / HTTP/1.1\r\nHost: x\r\nX-Api-Key: secret\r\nContent-Length: 200000\r\n\r\n"));
+	rig_upstream(&r);
+	rig_send(&r, r.client, (struct slice){body, sizeof body});
+	CHECK(r.c->state == S_SEND);
+	w->epoll = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	w->used += POLL_MANY;                /* as if there were so many */
+	worker_gather(w);
+	CHECK(w->many && worker_patience(w) == 0);
+	worker_sweep(w);
+	ssize_t n = recv(r.client, body, sizeof body, MSG_DONTWAIT);
+	CHECK(r.c->state != S_SEND && n > 0 && slice_starts_like((struct slice){body, (size_t)n}, S("HTTP/1.1 408 ")));
+	close(w->epoll);
+	w->used -= POLL_MANY;
+}
+
 /* ============================================================================================================= *
  * SUPERVISOR AND COMMANDS
  * ============================================================================================================= */
@@ -6126,7 +6149,7 @@ static const struct test {
 	TEST(conn_client_goes), TEST(conn_late), TEST(conn_slow_body), TEST(conn_late_streams), TEST(conn_tunnel),
 	TEST(conn_interim), TEST(conn_most_raw_bytes), TEST(conn_random_cuts), TEST(worker_makes_room),
 	TEST(worker_keeps_the_authenticated), TEST(worker_accepts), TEST(worker_patience), TEST(worker_control),
-	TEST(worker_drains), TEST(worker_parks), TEST(supervisor_replace), TEST(supervisor_looks),
+	TEST(worker_drains), TEST(worker_parks), TEST(worker_cannot_watch), TEST(supervisor_replace), TEST(supervisor_looks),
 	TEST(supervisor_hands_over), TEST(supervisor_older_layout), TEST(worker_stale_keys),
 	TEST(worker_partly_stale_keys), TEST(secret_make), TEST(edit_find),
 	/* small systems */
