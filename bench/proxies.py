@@ -1,6 +1,7 @@
 """The proxies side by side: one worker or thread each, and the same job each. Two keys, an address limit that is looked at
 and never reached, an access log in a file."""
 
+import hashlib
 import os
 import socket
 import ssl
@@ -210,7 +211,8 @@ def caddy(at, setup):
 
 
 def keys_text(count):
-    return "".join(f"key{i} {bulk_key(i)}\n" for i in range(count))
+    """As `tinyauth key add` writes them."""
+    return "".join(f"key{i} sha256:{hashlib.sha256(bulk_key(i).encode()).hexdigest()}\n" for i in range(count))
 
 
 def bulk_key(i):
