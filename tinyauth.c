@@ -6424,9 +6424,11 @@ static struct conn *
 conn_open(struct worker *w, int fd, int out, const struct sockaddr_storage *peer, bool secure)
 {
 	struct conn *c = pool_take(&w->conns);
+	bool queued = c->queued;             /* by who had the place before and gave way */
 
 	w->used++;
 	memset(c, 0, sizeof *c);
+	c->queued = queued;
 	link_open(&c->client, fd);
 	c->client.out = out;
 	link_open(&c->upstream, -1);
@@ -7183,7 +7185,7 @@ worker_map(struct worker *w)
 	w->conns = pool_new(max, sizeof(struct conn));
 	w->requests = pool_new(max, sizeof(struct request));
 	w->bufs = pool_new(2 * max, BUF_SIZE);
-	w->ready = map_new((max + LISTEN_MAX * ACCEPTS_MAX) * sizeof *w->ready, MAP_PRIVATE);
+	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new((2 * max + LISTEN_MAX + 1) * sizeof *w->pfd, MAP_PRIVATE);
 	w->event = map_new((2 * max + LISTEN_MAX + 1) * WATCH_EVENT, MAP_PRIVATE);
 	char *scratch = map_new(4 * BUF_SIZE, MAP_PRIVATE);
@@ -7199,8 +7201,8 @@ worker_map(struct worker *w)
  * While a worker has few connections they are in one poll set, gathered anew each turn, so that nothing has to be
  * registered. Once there are many, all of them wait in an epoll set, where waiting costs nothing, until the last is gone. */
 
-/* A connection that gave way to another may leave a second entry behind; there are as many spare ones as can be accepted
- * in a turn. */
+/* A place of the pool stands in the list at most once, whoever has it: `queued` stays with the place, and the list has room
+ * for every one. */
 static void
 worker_queue(struct worker *w, struct conn *c)
 {
@@ -7242,19 +7244,31 @@ watch(struct worker *w, struct conn *c, struct link *l, int side, short interest
 		c->request->idle_ns = w->now_ns;
 }
 
+/* Without it there would be an epoll set in which nobody hears the supervisor: then there is none. */
 static void
 watch_control(struct worker *w)
 {
-	watch_set(w, EPOLL_CTL_ADD, w->control, POLLIN, 2 * config.max_conns + CONTROL);
+	if (watch_set(w, EPOLL_CTL_ADD, w->control, POLLIN, 2 * config.max_conns + CONTROL))
+		return;
+	close(w->epoll);
+	w->epoll = -1;
 }
 
 /* Others hold the listeners too, so that closing them does not end the watch. */
 static void
 watch_listeners(struct worker *w, bool on)
 {
-	for (unsigned i = 0; i < w->listeners && w->listening != on; i++)
-		watch_set(w, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, w->listener[i], POLLIN, 2 * config.max_conns + i);
+	bool good = true;
+
+	if (w->listening == on)
+		return;
 	w->listening = on;
+	for (unsigned i = 0; i < w->listeners; i++)
+		good = watch_set(w, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, w->listener[i], POLLIN, 2 * config.max_conns + i) && good;
+	if (!on || good)
+		return;
+	watch_listeners(w, false);           /* no memory for them now: tried again shortly, as when accepting failed */
+	w->accept_ns = w->now_ns + ACCEPT_PAUSE_MS * NS_PER_MS;
 }
 
 /* All events of the epoll set in one look: of two for one connection both are seen before it is stepped. */
@@ -7498,7 +7512,6 @@ worker_step(struct worker *w, struct conn *c)
 
 	conn_interest(c, &client, &upstream);
 	bool client_unwanted = (c->client.seen & ~client) != 0, upstream_unwanted = (c->upstream.seen & ~upstream) != 0;
-	c->queued = false;
 	conn_step(w, c);
 	if (link_pending(&c->client)) {      /* poll knows nothing of what a TLS link holds */
 		conn_interest(c, &client, &upstream);
@@ -7648,6 +7661,7 @@ worker_step_ready(struct worker *w)
 
 	for (size_t i = 0; i < w->readies; i++) {
 		struct conn *c = w->ready[i];
+		c->queued = false;
 		if (c->state == S_FREE)
 			continue;
 		worker_step(w, c);
