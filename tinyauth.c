@@ -658,7 +658,11 @@ map_new(size_t n, int flags)
 static struct pool
 pool_new(size_t max, size_t each)
 {
-	return (struct pool){map_new(max * each, MAP_PRIVATE), each, 0, max, NULL};
+	size_t size;
+
+	if (__builtin_mul_overflow(max, each, &size))
+		die(EXIT_FAILURE, "%zu connections are more than this system can address; lower --max-conns", max);
+	return (struct pool){map_new(size, MAP_PRIVATE), each, 0, max, NULL};
 }
 
 /* A place, or NULL: all are in use. */
@@ -2290,7 +2294,8 @@ static struct {
 	uint64_t size;
 } geometry;
 
-static size_t
+/* In 64 bits also where an address has 32: a size that wraps must not pass for another. */
+static uint64_t
 table_size(uint64_t rows, uint64_t conns)
 {
 	return sizeof(struct table) + rows * (sizeof(struct conn_row) + conns * sizeof(uint64_t));
@@ -2318,10 +2323,11 @@ table_begin(struct table *t, uint64_t rows, uint64_t conns)
 static struct table *
 table_new(uint64_t rows, uint64_t conns, int *fd)
 {
-	struct table *t = map_shared("tinyauth-table", table_size(rows, conns), false, fd);
+	uint64_t size = table_size(rows, conns);
+	struct table *t = size <= SIZE_MAX ? map_shared("tinyauth-table", (size_t)size, false, fd) : NULL;
 
 	if (t == NULL)
-		die(EXIT_FAILURE, "cannot map the shared table: %s", strerror(errno));
+		die(EXIT_FAILURE, "cannot map the shared table: %s; lower --max-conns or --workers", strerror(errno));
 	table_begin(t, rows, conns);
 	return t;
 }
@@ -2367,9 +2373,9 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 			if (rename(path, old) != 0)
 				die(EX_CONFIG, "%s: holds no table, and cannot be set aside: %s; remove it", path, strerror(errno));
 		} else if (same) {
-			size_t size = table_size(rows, conns);
-			if (ftruncate(*fd, (off_t)size) != 0 ||
-			    (t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
+			uint64_t size = table_size(rows, conns);
+			if (size > SIZE_MAX || ftruncate(*fd, (off_t)size) != 0 ||
+			    (t = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
 				die(EX_CONFIG, "%s: no room for the shared table: %s", path, strerror(errno));
 			table_begin(t, rows, conns);
 			break;
