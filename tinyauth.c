@@ -5235,7 +5235,8 @@ link_rest(struct link *l)
 	struct tls_link *t = l->tls;
 	size_t need;
 
-	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) || t->owed != 0 ||
+	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) ||
+	    br_ssl_engine_sendrec_buf(&t->sc.eng, &need) != NULL ||  /* records on their way out, an alert among them */
 	    br_ssl_engine_recvrec_buf(&t->sc.eng, &need) != t->in)   /* the beginning of a record, or bytes that nobody took */
 		return;
 	if (madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED) != 0)
