@@ -7177,11 +7177,21 @@ names_find(int failure)
 
 #if TINYAUTH_LINUX
 enum { WATCH_EVENT = sizeof(struct epoll_event) };
+_Static_assert(POLLIN == EPOLLIN && POLLOUT == EPOLLOUT && POLLERR == EPOLLERR && POLLHUP == EPOLLHUP && POLLRDHUP == EPOLLRDHUP,
+    "what poll and epoll say is kept in the same words");
 #else
 enum { WATCH_EVENT = 1 };
 #endif
 
-enum { CONTROL = LISTEN_MAX };           /* its number among those who call, behind the listeners */
+/* Who calls a worker but its links: the listeners, by their numbers, and the supervisor. */
+enum { CALLER_CONTROL = LISTEN_MAX, CALLERS };
+
+/* Two links a connection, and the callers: what a worker can wait for at most. */
+static size_t
+worker_waits(void)
+{
+	return 2 * config.max_conns + CALLERS;
+}
 
 /* Everything a worker will ever use. Pages that nothing touches cost nothing: see the formula at the top. */
 static void
@@ -7193,8 +7203,8 @@ worker_map(struct worker *w)
 	w->requests = pool_new(max, sizeof(struct request));
 	w->bufs = pool_new(2 * max, BUF_SIZE);
 	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
-	w->pfd = map_new((2 * max + LISTEN_MAX + 1) * sizeof *w->pfd, MAP_PRIVATE);
-	w->event = map_new((2 * max + LISTEN_MAX + 1) * WATCH_EVENT, MAP_PRIVATE);
+	w->pfd = map_new(worker_waits() * sizeof *w->pfd, MAP_PRIVATE);
+	w->event = map_new(worker_waits() * WATCH_EVENT, MAP_PRIVATE);
 	char *scratch = map_new(4 * BUF_SIZE, MAP_PRIVATE);
 
 	for (int i = 0; i < 4; i++)
@@ -7226,13 +7236,19 @@ watch_open(void)
 	return epoll_create1(EPOLL_CLOEXEC);
 }
 
-/* The numbers from twice max_conns on are not links: listeners and control. */
+/* In the epoll set links have the numbers 0 to 2 * max_conns - 1, client and upstream in turn; behind them stand the callers. */
 static bool
 watch_set(const struct worker *w, int op, int fd, short events, uint64_t number)
 {
 	struct epoll_event e = {.events = (uint32_t)events, .data.u64 = number};
 
 	return epoll_ctl(w->epoll, op, fd, &e) == 0;
+}
+
+static bool
+watch_caller(const struct worker *w, int op, int fd, unsigned caller)
+{
+	return watch_set(w, op, fd, POLLIN, 2 * config.max_conns + caller);
 }
 
 static void
@@ -7255,7 +7271,7 @@ watch(struct worker *w, struct conn *c, struct link *l, int side, short interest
 static void
 watch_control(struct worker *w)
 {
-	if (watch_set(w, EPOLL_CTL_ADD, w->control, POLLIN, 2 * config.max_conns + CONTROL))
+	if (watch_caller(w, EPOLL_CTL_ADD, w->control, CALLER_CONTROL))
 		return;
 	close(w->epoll);
 	w->epoll = -1;
@@ -7271,7 +7287,7 @@ watch_listeners(struct worker *w, bool on)
 		return;
 	w->listening = on;
 	for (unsigned i = 0; i < w->listeners; i++)
-		good = watch_set(w, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, w->listener[i], POLLIN, 2 * config.max_conns + i) && good;
+		good = watch_caller(w, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, w->listener[i], i) && good;
 	if (!on || good)
 		return;
 	watch_listeners(w, false);           /* no memory for them now: tried again shortly, as when accepting failed */
@@ -7282,7 +7298,7 @@ watch_listeners(struct worker *w, bool on)
 static void
 watch_wait(struct worker *w, int ms)
 {
-	int n = epoll_wait(w->epoll, w->event, (int)(2 * config.max_conns + LISTEN_MAX + 1), ms);
+	int n = epoll_wait(w->epoll, w->event, (int)worker_waits(), ms);
 
 	for (int i = 0; i < n; i++) {
 		uint64_t number = w->event[i].data.u64;
@@ -7385,7 +7401,7 @@ worker_gather(struct worker *w)
 {
 	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
 
-	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));
+	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));   /* who is parked never comes back */
 	if (!w->many) {
 		worker_gather_poll(w, accepting);
 		return;
@@ -7400,7 +7416,7 @@ worker_collect_poll(struct worker *w)
 {
 	const struct pollfd *p = w->pfd;
 
-	w->called |= p++->revents != 0 ? 1u << CONTROL : 0;
+	w->called |= p++->revents != 0 ? 1u << CALLER_CONTROL : 0;
 	for (unsigned i = 0; i < w->listeners; i++)
 		w->called |= p++->revents != 0 ? 1u << i : 0;
 	for (struct conn *c = w->polled.next; c != &w->polled; c = c->next, p += 2) {
@@ -7691,7 +7707,7 @@ worker_turn(struct worker *w)
 	for (unsigned i = 0; i < w->listeners; i++)
 		if (w->called & 1u << i)
 			worker_accept(w, w->listener[i], w->secure[i]);
-	if (w->called & 1u << CONTROL)
+	if (w->called & 1u << CALLER_CONTROL)
 		worker_control(w);
 	if (w->now_ns >= w->sweep_ns)
 		worker_sweep(w);
