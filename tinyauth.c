@@ -11,7 +11,8 @@
  *   TABLE       what processes share: rates and connections by address, TLS sessions
  *   HTTP        pure functions: heads, bodies, error answers, PROXY headers, credentials
  *   USAGE       (not furnished yet: counts tokens)
- *   LINK        descriptors, certificates, TLS
+ *   CERTIFICATE the TLS certificate and its key, as files
+ *   LINK        descriptors and TLS
  *   CONN        one client connection: state table, two pipes, admission, the end
  *   SANDBOX     what a process gives up; the child that looks up names
  *   WORKER      the pool of connections and the loop around poll
@@ -4191,15 +4192,12 @@ head_credential(const struct head *h)
  * ============================================================================================================= */
 
 /* ============================================================================================================= *
- * LINK
- * Owns: the descriptors of a connection; all of BearSSL's TLS; certificates and their keys
- * Calls: BASICS, LOG (dates), CONFIG (mistakes), TABLE (sessions), HTTP (base64, classes of bytes)
- * Promises: never waits; EINTR is nobody else's business; what was written is told as written when the kernel has it,
- *           in plain and in TLS; one record is read ahead at most
- * Never: lets a TLS type out
+ * CERTIFICATE
+ * Owns: reading of PEM and DER; the pair of a certificate chain and its private key
+ * Calls: BASICS, LOG (dates), CONFIG (mistakes, digests), HTTP (base64)
+ * Promises: a pair that would not serve (expired, of another key, too weak) is refused with the reason
+ * Never: keeps a byte of a key's file but in the pair, which is left out of dumps and wiped; looks at a certificate of others
  * ============================================================================================================= */
-
-/* ---- certificates -------------------------------------------------------------------------------------------- */
 
 /* A chain and its key, decoded, in a mapping that is left out of memory dumps. Workers have it by fork. */
 struct tls_pair {
@@ -4614,6 +4612,15 @@ pair_load(const char *cert, const char *key, uint64_t now_s, struct mistake *m)
 	pair_forget(t);
 	return NULL;
 }
+
+/* ============================================================================================================= *
+ * LINK
+ * Owns: the descriptors of a connection; all of BearSSL's TLS
+ * Calls: BASICS, TABLE (sessions), HTTP (classes of bytes), CERTIFICATE
+ * Promises: never waits; EINTR is nobody else's business; what was written is told as written when the kernel has it,
+ *           in plain and in TLS; one record is read ahead at most
+ * Never: lets a TLS type out
+ * ============================================================================================================= */
 
 /* ---- TLS ----------------------------------------------------------------------------------------------------- */
 
@@ -5265,7 +5272,7 @@ link_close(struct link *l, bool reset)
 /* ============================================================================================================= *
  * CONN
  * Owns: one client connection: state table, two one-way pipes, admission, the end
- * Calls: BASICS, LOG, CONFIG (addresses, trusted networks), KEYS, TABLE, HTTP, LINK
+ * Calls: BASICS, LOG, CONFIG (addresses, trusted networks, digests), KEYS, TABLE, HTTP, LINK
  * Promises: no byte goes upstream before conn_admit() said yes to the request that it belongs to; an upstream connection
  *           serves one client connection and dies with it
  * Never: closes anything outside conn_close() but its own upstream link
@@ -7761,7 +7768,7 @@ worker_run(struct worker *w)
  * SUPERVISOR
  * Owns: listeners, children, generations, signals; publishes the keys; renews the certificate and the upstream's addresses;
  *       speaks to the service manager; hands everything over to a new binary. Also -i, which has no supervisor
- * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, LINK (certificates), CONN (under -i), SANDBOX, WORKER
+ * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, CERTIFICATE, CONN (under -i), SANDBOX, WORKER
  * Promises: a dead worker is replaced; a bad keys file or certificate leaves the old one in force; an upgrade loses no
  *           connection
  * Never: reads a client's byte, but under -i, where this process is the worker
@@ -9038,7 +9045,7 @@ inetd_run(void)
 /* ============================================================================================================= *
  * COMMANDS
  * Owns: check, check --url, key add, key rotate, key rm, key list
- * Calls: BASICS, LOG (dates), CONFIG, KEYS, LINK (certificates), SANDBOX, SUPERVISOR (what a start looks at first)
+ * Calls: BASICS, LOG (dates), CONFIG, KEYS, CERTIFICATE, CONN (addr_text), SANDBOX, SUPERVISOR (what a start looks at first)
  * Promises: the keys file changes as a whole or not at all, keeps owner and mode, and has one writer at a time
  * Never: prints a secret but the one it just made, and never stores that one
  * ============================================================================================================= */

@@ -370,7 +370,8 @@ struct log {
 
 /* ---- connections --------------------------------------------------------------------------------------------- */
 
-/* What TLS keeps, known to LINK alone: a certificate chain with its key, what the TLS links of a worker share, one link. */
+/* What TLS keeps, known to CERTIFICATE and LINK alone: a certificate chain with its key, what the TLS links of a worker share,
+ * one link. */
 struct tls_pair;
 struct tls;
 struct tls_link;
