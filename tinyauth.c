@@ -5473,28 +5473,37 @@ static enum step step_tunnel(struct worker *, struct conn *);
 static enum step step_flush(struct worker *, struct conn *);
 static enum step step_linger(struct worker *, struct conn *);
 
-/* [r31] Every state with the time it may take, what happens after it (R_NONE: the connection just ends), and its step. */
+static enum step late_end(struct worker *, struct conn *, enum reason);
+static enum step late_tls(struct worker *, struct conn *, enum reason);
+static enum step late_head(struct worker *, struct conn *, enum reason);
+static enum step late_connect(struct worker *, struct conn *, enum reason);
+static enum step late_send(struct worker *, struct conn *, enum reason);
+static enum step late_relay(struct worker *, struct conn *, enum reason);
+static enum step conn_refuse_upstream(struct worker *, struct conn *, enum reason);
+
+/* [r31] Every state with its step, the time it may take, and what happens after that, for which reason. */
 static const struct state_row {
 	const char *name;
-	size_t deadline;             /* of the time in struct config */
 	enum step (*step)(struct worker *, struct conn *);
-	enum reason late;
+	size_t deadline;             /* of the time in struct config */
+	enum step (*late)(struct worker *, struct conn *, enum reason);
+	enum reason reason;
 	bool gives_way;              /* to a new connection when the pool is full */
 } STATES[STATES_COUNT] = {
 #define MS(member) offsetof(struct config, member)
-	[S_FREE] = {"free", MS(idle_ms), NULL, R_NONE, false},
-	[S_NEW] = {"new", MS(header_ms), step_new, R_NONE, true},
-	[S_TLS] = {"tls", MS(handshake_ms), step_tls, R_NONE, true},
-	[S_OPEN] = {"open", MS(header_ms), step_head, R_NONE, true},
-	[S_IDLE] = {"idle", MS(keepalive_ms), step_head, R_NONE, true},
-	[S_HEAD] = {"head", MS(header_ms), step_head, R_HEADER_TIMEOUT, true},
-	[S_CONNECT] = {"connect", MS(connect_ms), step_connect, R_UPSTREAM_CONNECT_TIMEOUT, false},
-	[S_SEND] = {"send", MS(idle_ms), step_relay, R_BODY_TIMEOUT, false},
-	[S_WAIT] = {"wait", MS(first_byte_ms), step_relay, R_UPSTREAM_TIMEOUT, false},
-	[S_RELAY] = {"relay", MS(idle_ms), step_relay, R_IDLE, false},
-	[S_TUNNEL] = {"tunnel", MS(idle_ms), step_tunnel, R_IDLE, false},
-	[S_FLUSH] = {"flush", MS(reader_ms), step_flush, R_NONE, true},
-	[S_LINGER] = {"linger", MS(linger_ms), step_linger, R_NONE, true},
+	[S_FREE] = {"free", NULL, MS(idle_ms), NULL, R_NONE, false},
+	[S_NEW] = {"new", step_new, MS(header_ms), late_end, R_NONE, true},
+	[S_TLS] = {"tls", step_tls, MS(handshake_ms), late_tls, R_NONE, true},
+	[S_OPEN] = {"open", step_head, MS(header_ms), late_end, R_NONE, true},
+	[S_IDLE] = {"idle", step_head, MS(keepalive_ms), late_end, R_NONE, true},
+	[S_HEAD] = {"head", step_head, MS(header_ms), late_head, R_HEADER_TIMEOUT, true},
+	[S_CONNECT] = {"connect", step_connect, MS(connect_ms), late_connect, R_UPSTREAM_CONNECT_TIMEOUT, false},
+	[S_SEND] = {"send", step_relay, MS(idle_ms), late_send, R_BODY_TIMEOUT, false},
+	[S_WAIT] = {"wait", step_relay, MS(first_byte_ms), conn_refuse_upstream, R_UPSTREAM_TIMEOUT, false},
+	[S_RELAY] = {"relay", step_relay, MS(idle_ms), late_relay, R_IDLE, false},
+	[S_TUNNEL] = {"tunnel", step_tunnel, MS(idle_ms), late_end, R_IDLE, false},
+	[S_FLUSH] = {"flush", step_flush, MS(reader_ms), late_end, R_NONE, true},
+	[S_LINGER] = {"linger", step_linger, MS(linger_ms), late_end, R_NONE, true},
 #undef MS
 };
 
@@ -6508,32 +6517,62 @@ request_moves(struct worker *w, struct conn *c)
 	return true;
 }
 
+static enum step
+late_end(struct worker *w, struct conn *c, enum reason reason)
+{
+	(void)w, (void)c, (void)reason;
+	return STEP_CLOSE;
+}
+
+static enum step
+late_tls(struct worker *w, struct conn *c, enum reason reason)
+{
+	conn_tell_tls(w, c);
+	return late_end(w, c, reason);
+}
+
+static enum step
+late_head(struct worker *w, struct conn *c, enum reason reason)
+{
+	head_clear(&w->head);
+	return conn_refuse_head(w, c, reason);
+}
+
+/* The upstream's name may have another address. */
+static enum step
+late_connect(struct worker *w, struct conn *c, enum reason reason)
+{
+	if (c->request->address + 1u >= config.upstream.addrs)
+		return conn_refuse_upstream(w, c, reason);
+	c->request->address++;
+	return conn_connect(w, c);
+}
+
+static enum step
+late_send(struct worker *w, struct conn *c, enum reason reason)
+{
+	if (request_moves(w, c))
+		return STEP_WAIT;
+	c->request->close = true;
+	return conn_refuse_upstream(w, c, pipe_waits(&c->req) ? R_IDLE : reason);
+}
+
+static enum step
+late_relay(struct worker *w, struct conn *c, enum reason reason)
+{
+	return conn_cut(w, c, pipe_waits(&c->resp) ? R_CLIENT_STALLED : reason);
+}
+
 /* A deadline passed. */
 static void
 conn_late(struct worker *w, struct conn *c)
 {
-	enum reason late = STATES[c->state].late;
-	enum step step = STEP_CLOSE;
+	const struct state_row *row = &STATES[c->state];
+	enum step step = row->late(w, c, row->reason);
 
-	if (c->state == S_SEND && request_moves(w, c))
-		return;
-	if (c->state == S_TLS)
-		conn_tell_tls(w, c);
-	else if (c->state == S_HEAD) {
-		head_clear(&w->head);
-		step = conn_refuse_head(w, c, late);
-	} else if (c->state == S_CONNECT && c->request->address + 1u < config.upstream.addrs) {
-		c->request->address++;
-		step = conn_connect(w, c);
-	} else if (c->state == S_RELAY)
-		step = conn_cut(w, c, pipe_waits(&c->resp) ? R_CLIENT_STALLED : late);
-	else if (late != R_NONE && c->state != S_TUNNEL) {
-		c->request->close |= c->state == S_SEND;
-		step = conn_refuse_upstream(w, c, c->state == S_SEND && pipe_waits(&c->req) ? R_IDLE : late);
-	}
 	if (step == STEP_CLOSE)
-		conn_end(w, c, late);
-	else
+		conn_end(w, c, row->reason);
+	else if (step == STEP_AGAIN)
 		conn_step(w, c);
 }
 
