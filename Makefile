@@ -3,8 +3,8 @@
 # make SANITIZE=1        with address and undefined behaviour sanitizers
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
-# make demo | test | test-http | test-tls | test-minimal | test-inetd | test-systemd | test-image | test-cross | test-clients |
-#      test-diff | test-faults | bench | coverage | fuzz | analyse | lint | install | uninstall | clean
+# make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
+#      test-cross | test-clients | test-diff | test-faults | bench | coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -76,6 +76,9 @@ test-minimal: tinyauth
 
 test-inetd: tinyauth
 	python3 tests/inetd/run.py
+
+test-openrc: tinyauth
+	python3 tests/openrc/run.py
 
 test-systemd: tinyauth
 	bash tests/systemd/run.sh
@@ -188,5 +191,5 @@ uninstall:
 clean:
 	rm -rf tinyauth build
 
-.PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-systemd test-image test-cross \
-	test-clients test-diff test-faults coverage fuzz analyse lint install uninstall clean force
+.PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
+	test-cross test-clients test-diff test-faults coverage fuzz analyse lint install uninstall clean force
