@@ -4,7 +4,7 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-clients | test-diff | test-faults | bench | coverage | fuzz | analyse | lint | install | uninstall | clean
+#      test-cross | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -147,6 +147,10 @@ build/unwalled: tinyauth.c tinyauth.h build/flags build/libbearssl.a
 test-faults: tinyauth build/unwalled
 	python3 tests/faults/run.py --tinyauth build/unwalled
 
+# A swarm of hostile and honest clients; best with SANITIZE=1.
+test-swarm: tinyauth
+	python3 tests/faults/swarm.py
+
 # Each fuzz target for so many seconds.
 SECONDS ?= 30
 fuzz:
@@ -192,4 +196,4 @@ clean:
 	rm -rf tinyauth build
 
 .PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-clients test-diff test-faults coverage fuzz analyse lint install uninstall clean force
+	test-cross test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean force
