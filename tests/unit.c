@@ -3014,6 +3014,7 @@ test_reasons_table(void)
 	static const int STATUSES[] = {400, 405, 414, 417, 431, 501, 505};
 
 	for (int i = R_BAD_REQUEST; i < REASONS_COUNT; i++) {
+		CHECK_OF(REASONS[i].word, json_plain(slice_of(REASONS[i].message)) == strlen(REASONS[i].message));
 		CHECK_OF(REASONS[i].word, REASONS[i].status >= 400 && REASONS[i].status < 600 && REASONS[i].word[0] != '\0');
 		for (int j = R_BAD_REQUEST; j < i; j++)
 			CHECK_OF(REASONS[i].word, !text_is(REASONS[i].word, REASONS[j].word));
