@@ -100,6 +100,7 @@ def check_settled(tinyauth, base, conns):
     finally:
         for client in clients:
             client.close()
+    until(lambda: descriptors(tinyauth.workers()) <= base, "end of those connections", 8)
     same(tinyauth.ask("GET", "/t/echo").status, 200, "a request afterwards")
 
 
