@@ -4,7 +4,8 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install | uninstall | clean
+#      test-cross | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install |
+#      uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=

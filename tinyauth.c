@@ -2326,6 +2326,8 @@ static struct table *
 table_new(uint64_t rows, uint64_t conns, int *fd)
 {
 	uint64_t size = table_size(rows, conns);
+
+	errno = ENOMEM;                      /* when no address is as large */
 	struct table *t = size <= SIZE_MAX ? map_shared("tinyauth-table", (size_t)size, false, fd) : NULL;
 
 	if (t == NULL)
@@ -2376,6 +2378,7 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 				die(EX_CONFIG, "%s: holds no table, and cannot be set aside: %s; remove it", path, strerror(errno));
 		} else if (same) {
 			uint64_t size = table_size(rows, conns);
+			errno = ENOMEM;
 			if (size > SIZE_MAX || ftruncate(*fd, (off_t)size) != 0 ||
 			    (t = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
 				die(EX_CONFIG, "%s: no room for the shared table: %s", path, strerror(errno));
@@ -7225,8 +7228,8 @@ names_find(int failure)
 
 #if TINYAUTH_LINUX
 enum { WATCH_EVENT = sizeof(struct epoll_event) };
-_Static_assert(POLLIN == EPOLLIN && POLLOUT == EPOLLOUT && POLLERR == EPOLLERR && POLLHUP == EPOLLHUP && POLLRDHUP == EPOLLRDHUP,
-    "what poll and epoll say is kept in the same words");
+_Static_assert(POLLIN == EPOLLIN && POLLOUT == EPOLLOUT && POLLERR == EPOLLERR && POLLHUP == EPOLLHUP &&
+    POLLRDHUP == EPOLLRDHUP, "what poll and epoll say is kept in the same words");
 #else
 enum { WATCH_EVENT = 1 };
 #endif
@@ -7284,7 +7287,8 @@ watch_open(void)
 	return epoll_create1(EPOLL_CLOEXEC);
 }
 
-/* In the epoll set links have the numbers 0 to 2 * max_conns - 1, client and upstream in turn; behind them stand the callers. */
+/* In the epoll set links have the numbers 0 to 2 * max_conns - 1, client and upstream in turn; behind them stand the
+ * callers. */
 static bool
 watch_set(const struct worker *w, int op, int fd, short events, uint64_t number)
 {

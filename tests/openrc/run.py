@@ -71,7 +71,6 @@ def enter(cache, binary, scratch):
     shutil.copy(binary, f"{root}{BINARY}")
     shutil.rmtree(f"{root}/contrib", ignore_errors=True)
     shutil.copytree(PROJECT / "contrib", f"{root}/contrib")
-    shutil.copy(HERE.parent / "model.py", f"{root}/contrib")
     os.chroot(root)
     os.chdir("/")
     shutil.rmtree("/etc/init.d")            # this machine's services are not for OpenRC to start
