@@ -547,6 +547,13 @@ class Lab:
         fresh.chmod(0o600)
         fresh.rename(path)
 
+    def program(self, path, script=None):
+        """Put a shell script, or without one the binary, at a path, where it may run at once. A process of its own writes it:
+        what this one had open to write, a child that another test starts meanwhile would hold too, and exec() says ETXTBSY."""
+        text = f"#!/bin/sh\n{script}\n".encode() if script else b""
+        subprocess.run(["install", "-m", "755", "/dev/stdin" if script else self.binary, path], input=text, check=True)
+        return str(path)
+
     def tinyauth(self, *options, **more):
         return Tinyauth(self, *options, **more)
 
@@ -2226,14 +2233,12 @@ def binary_of(pid):
 @alone
 def test_upgrade_under_load(lab):
     """USR2 under load: the pid stays, the new binary serves, no request fails, streams end whole, old workers go."""
-    binary = lab.path("tinyauth")
-    shutil.copy(lab.binary, binary)
+    binary = lab.program(lab.path("tinyauth"))
     tinyauth = lab.tinyauth(workers=2, binary=binary)
     pid, old, before = tinyauth.pid, tinyauth.workers(), binary_of(tinyauth.pid)
     streams = [Stream(tinyauth.connect(), 60, 20) for _ in range(4)]
     loads = [Load(tinyauth, 2), Load(tinyauth, 2, fresh=True)]
-    shutil.copy(lab.binary, binary + ".new")
-    os.rename(binary + ".new", binary)
+    os.rename(lab.program(binary + ".new"), binary)
     tinyauth.signal(signal.SIGUSR2)
     tinyauth.wait_event("ready", 2)
     assert binary_of(pid) != before, "the supervisor still runs the old binary"
@@ -2253,8 +2258,7 @@ def test_upgrade_under_load(lab):
 @alone
 def test_upgrade_to_a_broken_binary(lab):
     """USR2 with a file that cannot run: the old binary goes on serving."""
-    binary = lab.path("tinyauth")
-    shutil.copy(lab.binary, binary)
+    binary = lab.program(lab.path("tinyauth"))
     tinyauth = lab.tinyauth(binary=binary)
     tinyauth.expect(".")
     Path(binary + ".new").write_text("not a program")

@@ -285,7 +285,7 @@ def ordinary(lab):
     os.chmod(lab.directory, 0o755)
     home = lab.directory / "home"
     home.mkdir()
-    shutil.copy(lab.binary, home / "tinyauth")
+    lab.program(home / "tinyauth")
     (home / "keys").write_text(KEYS)
     (home / "keys").chmod(0o600)
     for path in (home, home / "keys"):
@@ -1170,7 +1170,7 @@ class Container:
         root.chmod(0o755)
         os.chmod(lab.directory.parent, 0o755)
         os.chmod(lab.directory, 0o755)
-        shutil.copy(lab.binary, root / "tinyauth")
+        lab.program(root / "tinyauth")
         for name, text in files:
             (root / name).write_text(text)
         before = namespaces("--pid", "--fork", "--kill-child")

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import shlex
-import shutil
 import signal
 import socket
 import statistics
@@ -69,10 +68,7 @@ def read_head(sock):
 
 def limited(lab, soft, hard):
     """The binary under these limits of open files."""
-    path = lab.path("limited")
-    Path(path).write_text(f'#!/bin/sh\nulimit -S -n {soft} && ulimit -H -n {hard} && exec {shlex.quote(lab.binary)} "$@"\n')
-    os.chmod(path, 0o755)
-    return path
+    return lab.program(lab.path("limited"), f'ulimit -S -n {soft} && ulimit -H -n {hard} && exec {shlex.quote(lab.binary)} "$@"')
 
 
 def ticks(pid):
@@ -461,14 +457,11 @@ def test_keys_file_that_is_no_file(lab):
 
 def test_keys_file_that_breaks_during_an_upgrade(lab):
     """A keys file that breaks between the new binary's check and its start: it goes on with the keys it was handed."""
-    binary = lab.path("tinyauth")
-    shutil.copy(lab.binary, binary)
+    binary = lab.program(lab.path("tinyauth"))
     tinyauth = lab.tinyauth(binary=binary)
     tinyauth.expect("keys")
-    script, keys, real = Path(binary + ".new"), shlex.quote(tinyauth.keys), shlex.quote(lab.binary)
-    script.write_text(f'#!/bin/sh\n[ "$1" = check ] || echo broken >{keys}\nexec {real} "$@"\n')
-    script.chmod(0o755)
-    script.rename(binary)
+    keys, real = shlex.quote(tinyauth.keys), shlex.quote(lab.binary)
+    os.rename(lab.program(binary + ".new", f'[ "$1" = check ] || echo broken >{keys}\nexec {real} "$@"'), binary)
     tinyauth.signal(signal.SIGUSR2)
     until(lambda: tinyauth.events("ready")[1:] or tinyauth.process.poll() is not None, "the new binary")
     same(tinyauth.process.poll(), None, "exit status")

@@ -344,10 +344,7 @@ def test_full_disk(lab):
 
 def limited(lab, limit):
     """A tinyauth that starts under `ulimit`."""
-    path = Path(lab.path("limited"))
-    path.write_text(f"#!/bin/sh\nulimit {limit} || exit 1\nexec {shlex.quote(lab.binary)} \"$@\"\n")
-    path.chmod(0o755)
-    return str(path)
+    return lab.program(lab.path("limited"), f"ulimit {limit} || exit 1\nexec {shlex.quote(lab.binary)} \"$@\"")
 
 
 def test_log_past_the_file_size_limit(lab):
