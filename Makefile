@@ -32,8 +32,8 @@ ifneq ($(SANITIZE),)
 HARDENING = -DTINYAUTH_NO_SANDBOX -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 endif
 # Debian keeps BearSSL's headers in a directory of their own: under musl-gcc /usr/include itself must not be searched.
-BEARSSL_CFLAGS ?= $(if $(wildcard /usr/include/bearssl/bearssl.h),-I/usr/include/bearssl)
-BEARSSL_LIBS ?= $(firstword $(wildcard /usr/lib/$(shell gcc -print-multiarch 2>/dev/null)/libbearssl.a /usr/lib/libbearssl.a))
+BEARSSL_CFLAGS ?= $(patsubst %/bearssl.h,-I%,$(firstword $(wildcard /usr/include/bearssl/bearssl.h /usr/local/include/bearssl.h)))
+BEARSSL_LIBS ?= $(firstword $(wildcard $(addsuffix /libbearssl.a,/usr/lib/$(shell gcc -print-multiarch 2>/dev/null) /usr/lib /usr/local/lib)))
 OBJCOPY ?= objcopy
 
 PORTABLE ?=

@@ -2234,9 +2234,10 @@ keys_read(const char *path, struct file *f, struct complaints *bad)
 {
 	const char *why = file_read(path, KEYS_FILE_MAX, f);
 
-	if (why != NULL)
-		complain(bad, 0, "cannot be read: %s%s", why,
-		    f->opened ? "" : "; make it with 'tinyauth key add NAME', or name another with --keys");
+	if (why != NULL && f->opened)
+		complain(bad, 0, "cannot be read: %s", why);
+	else if (why != NULL)
+		complain(bad, 0, "cannot be read: %s; make it with 'tinyauth key add NAME --keys %s', or name another", why, path);
 	return why == NULL;
 }
 
@@ -9111,7 +9112,8 @@ edit_lock(struct edit *e)
 	for (;;) {
 		e->fd = open(e->path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY, 0600);
 		if (e->fd < 0)
-			die(EXIT_FAILURE, "%s: cannot be opened for writing: %s", e->path, strerror(errno));
+			die(EXIT_FAILURE, "%s: cannot be opened for writing: %s", e->path,
+			    errno == ENOENT ? "make its directory first" : strerror(errno));
 		if (flock(e->fd, LOCK_EX) != 0 || fstat(e->fd, &held) != 0)
 			die(EXIT_FAILURE, "%s: cannot be locked: %s", e->path, strerror(errno));
 		if (stat(e->path, &named) == 0 && stat_same(&named, &held))

@@ -1492,7 +1492,7 @@ test_keys_unreadable(void)
 	text = words_end(bad.to, &n);
 	CHECK_OF(text, text_is(text,
 	    "/nowhere/keys: cannot be read: No such file or directory; make it with 'tinyauth key add "
-	    "NAME', or name another with --keys\n/nowhere/keys: cannot be read: it is not a regular file\n"));
+	    "NAME --keys /nowhere/keys', or name another\n/nowhere/keys: cannot be read: it is not a regular file\n"));
 }
 
 /* ============================================================================================================= *

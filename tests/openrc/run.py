@@ -33,7 +33,8 @@ from e2e import ALICE, BOB, Client, Load, Model, Started, Stream, children, pars
 
 WATCHDOG = 240                          # seconds for the whole run
 PACKAGES = ["openrc", "insserv", "libeinfo1", "librc1"]
-BINARY, KEYS, LOG = Path("/usr/sbin/tinyauth"), Path("/etc/tinyauth/keys"), Path("/var/log/tinyauth.log")
+BINARY, KEYS = Path("/usr/sbin/tinyauth"), Path("/etc/tinyauth/keys")
+LOG, ERRORS = Path("/var/log/tinyauth.log"), Path("/var/log/tinyauth.err")
 SCRIPT, SETTINGS, PIDFILE = Path("/etc/init.d/tinyauth"), Path("/etc/conf.d/tinyauth"), Path("/run/tinyauth.pid")
 
 
@@ -156,7 +157,7 @@ class Service:
         problems = [f"process {pid} left behind" for pid in self.running()]
         for pid in self.running():
             os.kill(pid, signal.SIGKILL)
-        for path in (LOG, KEYS, SETTINGS):
+        for path in (LOG, ERRORS, KEYS, SETTINGS):
             path.unlink(missing_ok=True)
         return problems
 
@@ -179,6 +180,27 @@ def test_checkconfig(service):
     service.keys("alice\n")
     assert "/etc/tinyauth/keys:1: " in service.rc("start", status=1)
     same(service.running(), [], "processes")
+
+
+def test_restart(service):
+    """restart takes another process; with a broken keys file it says the line, and the old one goes on serving."""
+    service.start()
+    pid = service.supervisor()
+    service.keys("alice\n")
+    assert "/etc/tinyauth/keys:1: " in service.rc("restart", status=1)
+    same((service.supervisor(), service.status()), (pid, 200), "process and answer")
+    service.keys(f"bob {sha256(BOB)}\n")
+    service.rc("restart")
+    until(lambda: service.status(key=BOB) == 200, "first answer")
+    assert service.supervisor() != pid, "the old process is still there"
+
+
+def test_start_that_fails_later(service):
+    """A start that fails after the check, as the port is in use, is told in a file, and tried again."""
+    with socket.create_server(service.address):
+        service.rc("start")
+        until(lambda: ERRORS.exists() and "tinyauth: cannot listen on " in ERRORS.read_text(), "word from it")
+    until(lambda: service.status() == 200, "an answer, once the port was free")
 
 
 def test_reload(service):
