@@ -754,6 +754,25 @@ directory_open(const char *path)
 	return open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
+/* Could a file be opened for writing, or made? It is not touched: whoever reads a pipe would see its end. */
+static bool
+file_writable(const char *path)
+{
+	struct stat st;
+
+	if (stat(path, &st) == 0 && S_ISDIR(st.st_mode)) {
+		errno = EISDIR;
+		return false;
+	}
+	if (access(path, W_OK) == 0 || errno != ENOENT)
+		return access(path, W_OK) == 0;
+	int fd = directory_open(path);
+	bool good = fd >= 0 && faccessat(fd, ".", W_OK | X_OK, 0) == 0;
+	if (fd >= 0)
+		close(fd);
+	return good;
+}
+
 /* Reads all of an open file, up to `max` bytes. NULL, or what is wrong. */
 static const char *
 file_fill(int fd, size_t max, struct file *f)
@@ -1384,8 +1403,10 @@ addr_split(const char *text, char *host, const char **port, struct mistake *m)
 	const char *from = text, *to = colon;
 	uint64_t number;
 
+	if (strstr(text, "://") != NULL)
+		return mistake_is(m, "'%s' is a URL; write HOST:PORT alone", text);
 	if (colon == NULL)
-		return mistake_is(m, "'%s' has no port; write HOST:PORT, [V6]:PORT or unix:PATH", text);
+		return mistake_is(m, "'%s' has no port; write HOST:PORT, :PORT, [V6]:PORT or unix:PATH", text);
 	if (text[0] == '[' && colon > text && colon[-1] == ']') {
 		from = text + 1;
 		to = colon - 1;
@@ -1420,6 +1441,8 @@ addr_read(const char *text, struct addr *a, unsigned *n, bool passive, struct mi
 	if (host[0] == '\0' && !passive)
 		return mistake_is(m, "'%s' has no host; write HOST:PORT", text);
 	number_read(slice_of(port), &number);
+	if (number == 0 && !passive)
+		return mistake_is(m, "'%s': nothing can be reached at port 0", text);
 	if (inet_pton(AF_INET, host, &in->sin_addr) == 1) {
 		in->sin_family = AF_INET;
 		in->sin_port = htons((uint16_t)number);
@@ -1457,6 +1480,14 @@ ip_local(const unsigned char ip[16])
 	static const unsigned char LOCAL[16];
 
 	return memcmp(ip, LOCAL, 16) == 0;
+}
+
+static bool
+ip_v4(const unsigned char ip[16])
+{
+	static const unsigned char MAPPED[12] = {[10] = 0xff, [11] = 0xff};
+
+	return memcmp(ip, MAPPED, 12) == 0;
 }
 
 /* The other way round. */
@@ -1505,8 +1536,8 @@ ip_trusted(const struct config *cfg, const unsigned char ip[16])
 		const struct cidr *net = &cfg->trust[i];
 		size_t whole = net->bits / 8;
 		unsigned rest = net->bits % 8, mask = 0xff00u >> rest & 0xff;
-		if (net->local ? ip_local(ip)
-		               : memcmp(ip, net->ip, whole) == 0 && (rest == 0 || ((ip[whole] ^ net->ip[whole]) & mask) == 0))
+		if (net->local == ip_local(ip) && ip_v4(net->ip) == ip_v4(ip) && memcmp(ip, net->ip, whole) == 0 &&
+		    (rest == 0 || ((ip[whole] ^ net->ip[whole]) & mask) == 0))
 			return true;
 	}
 	return false;
@@ -1528,8 +1559,8 @@ config_trust(struct config *cfg, const char *value, struct mistake *m)
 	if (!net.local && (odd || port || !ip_read(address, net.ip)))
 		return mistake_is(m, "'%s' is not a network; write ADDRESS, ADDRESS/BITS or unix", value);
 	uint64_t offset = v4 ? 96 : 0;
-	if (slash != NULL && (!number_read(slice_of(slash + 1), &bits) || (bits += offset) > 128))
-		return mistake_is(m, "'%s': '%s' is not a number of bits", value, slash + 1);
+	if (slash != NULL && (!number_read(slice_of(slash + 1), &bits) || (bits += offset) > 128 || (ip_v4(net.ip) && bits < 96)))
+		return mistake_is(m, "'%s': '%s' is not a number of bits; IPv4 is written 10.0.0.0/8", value, slash + 1);
 	net.bits = (uint8_t)bits;
 	cfg->trust[cfg->trusts++] = net;
 	return true;
@@ -1723,7 +1754,7 @@ config_environment(struct config *cfg, const struct option_row *row, const char 
 	char *list = strdup(value), *rest = list;
 	bool good = list != NULL;
 	for (char *one; good && (one = strsep(&rest, ",")) != NULL;)
-		good = config_set(cfg, row, one, m);
+		good = config_set(cfg, row, one + strspn(one, " "), m);
 	free(list);
 	return good;
 }
@@ -1772,6 +1803,16 @@ secret_hashed(struct slice secret)
 	return secret.n >= 7 && memcmp(secret.p, "sha256:", 7) == 0;
 }
 
+/* What functions that have returned left below us on the stack. */
+__attribute__((noinline)) static void
+stack_wipe(void)
+{
+	char used[1024];
+
+	wipe(used, sizeof used);
+}
+
+/* Digest of a secret, of which nothing is left behind: BearSSL's last round copies its block to the stack. */
 static void
 sha256_of(struct slice s, unsigned char digest[32])
 {
@@ -1781,6 +1822,7 @@ sha256_of(struct slice s, unsigned char digest[32])
 	br_sha256_update(&sha, s.p, s.n);
 	br_sha256_out(&sha, digest);
 	wipe(&sha, sizeof sha);
+	stack_wipe();
 }
 
 /* Digest of a secret as it is written in a keys file or in TINYAUTH_KEY: the key itself, or sha256: and its digest. */
@@ -1828,7 +1870,9 @@ config_env_key(struct config *cfg, struct mistake *m)
 		return false;
 	cfg->env_key = true;
 	digest_write(cfg->env_digest, hashed);
-	wipe(secret, strlen(secret));
+	for (char **e = environ; *e != NULL; e++)
+		if (strncmp(*e, "TINYAUTH_KEY=", 13) == 0)
+			wipe(*e + 13, strlen(*e + 13));
 	return setenv("TINYAUTH_KEY", hashed, 1) == 0 || mistake_is(m, "no memory for the environment");
 }
 
@@ -2070,16 +2114,17 @@ key_name_good(struct slice name)
 	return name.n >= 1 && name.n <= KEY_NAME_MAX;
 }
 
-/* One attribute. The place where rates, expiry, addresses and roles will be read. */
+/* One attribute, the line's field `number`. The place where rates, expiry, addresses and roles will be read. It is not said in
+ * an error: behind a name with a blank in it, it is the secret. */
 static bool
-key_attribute(struct slice attribute, struct key_row *row, struct mistake *m)
+key_attribute(struct slice attribute, unsigned number, struct key_row *row, struct mistake *m)
 {
 	if (slice_equal(attribute, S("off"))) {
 		row->flags |= KEY_OFF;
 		return true;
 	}
-	return mistake_is(m, "'%.*s' is not an attribute of this version, which knows: off; remove it",
-	    (int)(attribute.n < 64 ? attribute.n : 64), attribute.p);
+	return mistake_is(m, "field %u is not an attribute of this version, which knows: off; remove it, or write NAME SECRET "
+	    "without blanks in them", number);
 }
 
 /* Fills `row` from one line: its name and the fields behind that. */
@@ -2091,15 +2136,17 @@ key_line(struct slice name, struct slice line, struct key_row *row, struct mista
 	*row = (struct key_row){.name_len = (uint8_t)name.n};
 	if (slice_equal(name, S("*")))
 		return mistake_is(m, "defaults for all keys ('*') are not known to this version; remove the line");
+	if (slice_starts_like(name, S("\xef\xbb\xbf")))
+		return mistake_is(m, "the file begins with a byte order mark; save it as UTF-8 without BOM");
 	if (!key_name_good(name))
 		return mistake_is(m, "a name must be 1 to %d of the characters A-Z a-z 0-9 . _ @ -; rename the key", KEY_NAME_MAX);
 	field = line_field(&line);
 	if (field.n == 0)
-		return mistake_is(m, "the key '%.*s' has no secret; write NAME SECRET", (int)name.n, name.p);
+		return mistake_is(m, "the line has no secret; write NAME SECRET");
 	if (!secret_read(field, row->digest, m))
 		return false;
-	while ((field = line_field(&line)).n > 0)
-		if (!key_attribute(field, row, m))
+	for (unsigned number = 3; (field = line_field(&line)).n > 0; number++)
+		if (!key_attribute(field, number, row, m))
 			return false;
 	return true;
 }
@@ -2234,7 +2281,7 @@ keys_read(const char *path, struct file *f, struct complaints *bad)
 {
 	const char *why = file_read(path, KEYS_FILE_MAX, f);
 
-	if (why != NULL && f->opened)
+	if (why != NULL && (f->opened || errno != ENOENT))
 		complain(bad, 0, "cannot be read: %s", why);
 	else if (why != NULL)
 		complain(bad, 0, "cannot be read: %s; make it with 'tinyauth key add NAME --keys %s', or name another", why, path);
@@ -4000,7 +4047,7 @@ proxy_address(struct slice word, bool v6, unsigned char ip[16])
 
 /* `PROXY TCP4 192.0.2.1 198.51.100.1 56324 443` CR LF, at most 107 bytes; of UNKNOWN the rest means nothing. */
 static int
-proxy_line(struct slice in, unsigned char ip[16])
+proxy_line(struct slice in, unsigned char ip[16], bool *unnamed)
 {
 	const char *end = memchr(in.p, '\n', in.n < 107 ? in.n : 107);
 	struct slice word[6] = {{"", 0}};
@@ -4019,7 +4066,8 @@ proxy_line(struct slice in, unsigned char ip[16])
 		line = slice_from(line, word[words].n + 1);
 	}
 	bool v4 = slice_equal(word[1], S("TCP4")), v6 = slice_equal(word[1], S("TCP6"));
-	if (slice_equal(word[1], S("UNKNOWN")))
+	*unnamed = slice_equal(word[1], S("UNKNOWN"));
+	if (*unnamed)
 		return (int)(end + 1 - in.p);
 	if ((!v4 && !v6) || words != LENGTH(word) || line.n > 0 || !proxy_address(word[2], v6, from) ||
 	    !proxy_address(word[3], v6, to) || word[4].n == 0 || !port_good(word[4]) || word[5].n == 0 || !port_good(word[5]))
@@ -4030,7 +4078,7 @@ proxy_line(struct slice in, unsigned char ip[16])
 
 /* The binary form: signature, version and command, family, length, addresses, and what we do not need. */
 static int
-proxy_block(struct slice in, unsigned char ip[16])
+proxy_block(struct slice in, unsigned char ip[16], bool *unnamed)
 {
 	const unsigned char *p = (const unsigned char *)in.p;
 
@@ -4044,11 +4092,13 @@ proxy_block(struct slice in, unsigned char ip[16])
 	bool v4 = p[13] == 0x11, v6 = p[13] == 0x21;
 	if ((v4 && n < 12) || (v6 && n < 36))
 		return -1;
-	if ((p[12] & 15) == 1 && v4) {
+	bool client = (p[12] & 15) == 1;     /* else the peer's own connection */
+	*unnamed = client && !v4 && !v6;
+	if (client && v4) {
 		struct sockaddr_storage ss = {.ss_family = AF_INET};
 		memcpy(&((struct sockaddr_in *)&ss)->sin_addr, p + 16, 4);
 		ip_of(&ss, ip);
-	} else if ((p[12] & 15) == 1 && v6)
+	} else if (client && v6)
 		memcpy(ip, p + 16, 16);
 	return (int)(16 + n);
 }
@@ -4056,9 +4106,9 @@ proxy_block(struct slice in, unsigned char ip[16])
 enum { PROXY_NONE = INT_MAX };
 
 /* A PROXY header, version 1 or 2, in front of a connection: its length, MORE, PROXY_NONE: there is none, or -1: it is
- * broken. `ip` is written to when the header names an address. */
+ * broken. `ip` is written to when the header names an address; `*unnamed`: there is a client, whose address it does not name. */
 static int
-proxy_parse(struct slice in, unsigned char ip[16])
+proxy_parse(struct slice in, unsigned char ip[16], bool *unnamed)
 {
 	static const struct slice LINE = {"PROXY ", 6}, BLOCK = {"\r\n\r\n\0\r\nQUIT\n", 12};
 
@@ -4068,7 +4118,7 @@ proxy_parse(struct slice in, unsigned char ip[16])
 			continue;
 		if (in.n < mark.n)
 			return MORE;
-		return block ? proxy_block(in, ip) : proxy_line(in, ip);
+		return block ? proxy_block(in, ip, unnamed) : proxy_line(in, ip, unnamed);
 	}
 	return PROXY_NONE;
 }
@@ -5324,6 +5374,7 @@ pipe_settle(struct worker *w, struct pipe *p)
 	else if (pipe_on_scratch(w, p)) {
 		char *buf = pool_take(&w->bufs);
 		memcpy(buf + from, p->mem + from, p->end - from);
+		wipe(p->mem + from, p->end - from);  /* it may hold a key */
 		p->mem = buf;
 	}
 }
@@ -5349,8 +5400,10 @@ pipe_fill(struct worker *w, struct pipe *p, struct link *from)
 	if (p->raw == p->end && !pipe_waits(p) && !p->keep)
 		p->start = p->ready = p->raw = p->end = SLACK;
 	if (p->raw > SLACK && p->end - SLACK > RAW_MAX - RAW_MAX / 4) {
-		memmove(p->mem + SLACK, p->mem + p->raw, p->end - p->raw);
-		p->end = SLACK + (p->end - p->raw);
+		uint32_t rest = p->end - p->raw, stale = rest < p->raw - SLACK ? rest : p->raw - SLACK;
+		memmove(p->mem + SLACK, p->mem + p->raw, rest);
+		wipe(p->mem + p->end - stale, stale);
+		p->end = SLACK + rest;
 		p->start = p->ready = p->raw = SLACK;
 	}
 	ssize_t n = link_read(from, p->mem + p->end, SLACK + RAW_MAX - p->end);
@@ -5417,8 +5470,10 @@ pipe_built(struct worker *w, struct pipe *p, const struct out *o)
 	p->ready = SLACK + (uint32_t)o->n;
 	p->raw = p->ready + SLACK;
 	p->end = p->raw + rest;
-	if (rest > 0)
+	if (rest > 0) {
 		memcpy(mem + p->raw, old.mem + old.raw, rest);
+		wipe(old.mem + old.raw, rest);       /* it may hold the next request's key */
+	}
 	pipe_drop(w, &old);
 }
 
@@ -6016,6 +6071,7 @@ step_new(struct worker *w, struct conn *c)
 {
 	char in[PROXY_HEAD_MAX];
 	unsigned char ip[16];
+	bool unnamed = false;
 
 	if (!c->trusted || link_piped(&c->client))
 		return conn_begin(w, c);
@@ -6025,7 +6081,7 @@ step_new(struct worker *w, struct conn *c)
 	if (n <= 0)
 		return STEP_CLOSE;
 	memcpy(ip, c->peer, sizeof ip);
-	int used = proxy_parse((struct slice){in, (size_t)n}, ip);
+	int used = proxy_parse((struct slice){in, (size_t)n}, ip, &unnamed);
 	/* Of unix sockets poll cannot be told to wait for the rest; nobody writes so short a header in pieces. */
 	if (used == MORE && n < (ssize_t)sizeof in && !(c->client.seen & SEEN_GONE) && !ip_local(c->peer)) {
 		link_await(&c->client, (size_t)n + 1);
@@ -6042,7 +6098,7 @@ step_new(struct worker *w, struct conn *c)
 	if (link_discard(&c->client, in, (size_t)used) != used)
 		return STEP_CLOSE;
 	c->client.seen |= POLLIN;            /* what follows is often there already */
-	c->trusted = ip_trusted(&config, ip);   /* what this client says of others is another matter */
+	c->trusted = !unnamed && ip_trusted(&config, ip);   /* what this client says of others is another matter */
 	if (memcmp(ip, c->peer, sizeof ip) != 0) {
 		memcpy(c->peer, ip, sizeof ip);
 		conn_name(w, c, ip);
@@ -8150,14 +8206,14 @@ supervisor_reap(struct supervisor *s)
 static struct look
 look_of(const struct stat *st)
 {
-	return (struct look){.mtime_ns = (uint64_t)st->st_mtim.tv_sec * NS_PER_S + (uint64_t)st->st_mtim.tv_nsec,
+	return (struct look){.ctime_ns = (uint64_t)st->st_ctim.tv_sec * NS_PER_S + (uint64_t)st->st_ctim.tv_nsec,
 	    .size = (uint64_t)st->st_size, .inode = st->st_ino, .device = st->st_dev, .there = true};
 }
 
 static bool
 look_equal(const struct look *a, const struct look *b)
 {
-	return a->there == b->there && a->mtime_ns == b->mtime_ns && a->size == b->size && a->inode == b->inode &&
+	return a->there == b->there && a->ctime_ns == b->ctime_ns && a->size == b->size && a->inode == b->inode &&
 	       a->device == b->device;
 }
 
@@ -9103,17 +9159,17 @@ struct edit {
 	struct file file;
 };
 
-/* Waits for the lock. A file that was replaced while we waited is opened anew. */
+/* Waits for the lock. A file that was replaced while we waited is opened anew. `make`: it may be a new one. */
 static void
-edit_lock(struct edit *e)
+edit_lock(struct edit *e, bool make)
 {
 	struct stat held, named;
 
 	for (;;) {
-		e->fd = open(e->path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY, 0600);
+		e->fd = open(e->path, O_RDWR | (make ? O_CREAT : 0) | O_CLOEXEC | O_NOCTTY, 0600);
 		if (e->fd < 0)
 			die(EXIT_FAILURE, "%s: cannot be opened for writing: %s", e->path,
-			    errno == ENOENT ? "make its directory first" : strerror(errno));
+			    make && errno == ENOENT ? "make its directory first" : strerror(errno));
 		if (flock(e->fd, LOCK_EX) != 0 || fstat(e->fd, &held) != 0)
 			die(EXIT_FAILURE, "%s: cannot be locked: %s", e->path, strerror(errno));
 		if (stat(e->path, &named) == 0 && stat_same(&named, &held))
@@ -9139,7 +9195,7 @@ edit_verify(struct slice text, const char *path)
 		die(EXIT_FAILURE, "%s: no memory to read it", path);
 	if (!keys_parse(map, text, bound, &plain, &bad)) {
 		complaints_end(&bad);
-		die(EXIT_FAILURE, "%s: not changed: mend it first", path);
+		die(EXIT_FAILURE, "%s: mend it first; nothing was changed", path);
 	}
 }
 
@@ -9160,7 +9216,7 @@ edit_follow(char path[PATH_MAX])
 }
 
 static struct slice
-edit_open(struct edit *e)
+edit_open(struct edit *e, bool make)
 {
 	struct complaints bad = {.to = STDERR_FILENO};
 	const char *path = config.keys != NULL ? config.keys : "keys";
@@ -9169,7 +9225,7 @@ edit_open(struct edit *e)
 		die(EXIT_FAILURE, "%s: the path is too long", path);
 	strcpy(e->path, path);
 	edit_follow(e->path);
-	edit_lock(e);
+	edit_lock(e, make);
 	bad.file = e->path;
 	if (!keys_read(e->path, &e->file, &bad))
 		exit(EXIT_FAILURE);
@@ -9204,13 +9260,14 @@ edit_replace(struct edit *e, const struct slice *part, size_t parts)
 		die(EXIT_FAILURE, "%s: cannot be made: %s; look who may write to its directory", temporary, strerror(errno));
 	for (size_t i = 0; good && i < parts; i++)
 		good = write_whole(fd, part[i]);
-	if (geteuid() == 0)
-		good = good && fchown(fd, e->file.st.st_uid, e->file.st.st_gid) == 0;
-	good = good && fchmod(fd, e->file.st.st_mode & 07777) == 0 && fsync(fd) == 0;
+	good = good && fchown(fd, e->file.st.st_uid, e->file.st.st_gid) == 0 && fchmod(fd, e->file.st.st_mode & 07777) == 0 &&
+	       fsync(fd) == 0;
 	if (!good || rename(temporary, e->path) != 0) {
 		int error = errno;
 		unlink(temporary);
-		die(EXIT_FAILURE, "%s: not changed: %s", e->path, strerror(error));
+		die(EXIT_FAILURE, "%s: not changed: %s", e->path,
+		    error == EPERM ? "its owner and group cannot be kept; do it as root" :
+		    error == EBUSY ? "it is mounted alone; mount its directory instead" : strerror(error));
 	}
 	sync_directory(e->path);
 	close(fd);
@@ -9292,7 +9349,9 @@ key_add(char *const *words, size_t n)
 		die(EX_USAGE, "key add: '%s' and its attributes do not make one line of a keys file", words[0]);
 	if (!key_line(name, fields, &row, &m))
 		die(EX_USAGE, "key add %s: %s", words[0], m.text);
-	text = edit_open(&e);
+	if (config.env_key && slice_equal(name, S("env")))
+		die(EX_USAGE, "key add env: TINYAUTH_KEY has this name; choose another");
+	text = edit_open(&e, true);
 	if (edit_find(text, words[0], &line, &found))
 		die(EXIT_FAILURE, "%s: there is a key '%s' already; choose another name, or 'tinyauth key rotate %s'", e.path,
 		    words[0], words[0]);
@@ -9306,7 +9365,7 @@ key_add(char *const *words, size_t n)
 static struct slice
 key_find_line(struct edit *e, const char *name, struct slice *line, struct slice *secret)
 {
-	struct slice text = edit_open(e);
+	struct slice text = edit_open(e, false);
 
 	if (!edit_find(text, name, line, secret))
 		die(EXIT_FAILURE, "%s: there is no key '%s'; 'tinyauth key list' shows those there are", e->path, name);
@@ -9463,12 +9522,18 @@ check_trust(const struct cidr *net)
 {
 	char text[ADDR_TEXT_MAX];
 	struct sockaddr_storage ss = ip_address(net->ip);
-	bool v4 = IN6_IS_ADDR_V4MAPPED(&((struct sockaddr_in6 *)&ss)->sin6_addr);
 
 	if (net->local)
 		return say(STDOUT_FILENO, "trusted   unix sockets\n");
 	addr_text(&ss, text);
-	return say(STDOUT_FILENO, "trusted   %s/%u\n", text, v4 ? net->bits - 96u : net->bits);
+	return say(STDOUT_FILENO, "trusted   %s/%u\n", ip_local(net->ip) ? "::" : text, net->bits - (ip_v4(net->ip) ? 96u : 0));
+}
+
+static void
+check_written(const char *option, const char *path)
+{
+	if (path != NULL && !file_writable(path))
+		die(EXIT_FAILURE, "%s: cannot be opened for writing: %s; name another with --%s", path, strerror(errno), option);
 }
 
 /* Prints what would run. Exit status 0: it would. */
@@ -9482,6 +9547,8 @@ command_check(void)
 
 	keys_must_be_named(EXIT_FAILURE);
 	names_find(EXIT_FAILURE);
+	check_written("log", config.log);
+	check_written("state", config.state);
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))
 		return EXIT_FAILURE;
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
@@ -9598,12 +9665,15 @@ main(int argc, char **argv)
 	struct mistake m;
 	size_t n = 0;
 
-	if (argc > 1 && (strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "--help") == 0))
+	const char *first = argc > 1 ? argv[(check || key) && argc > 2 ? 2 : 1] : "";
+	if (strcmp(first, "-h") == 0 || strcmp(first, "--help") == 0)
 		return config_help(STDOUT_FILENO) ? EXIT_SUCCESS : EXIT_FAILURE;
-	if (argc > 1 && (strcmp(argv[1], "-V") == 0 || strcmp(argv[1], "--version") == 0))
+	if (strcmp(first, "-V") == 0 || strcmp(first, "--version") == 0)
 		return say(STDOUT_FILENO, "tinyauth " TINYAUTH_VERSION "\n") ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (check && argc == 4 && strcmp(argv[2], "--url") == 0)
 		return command_probe(argv[3]);
+	if (check && argc == 3 && strncmp(argv[2], "--url=", 6) == 0)
+		return command_probe(argv[2] + 6);
 	if (!config_read(&config, argv + 1 + (check || key), words, key ? WORDS_MAX : 0, &usage, &m))
 		die(usage ? EX_USAGE : check ? EXIT_FAILURE : EX_CONFIG, "%s", m.text);
 	while (words[n] != NULL)

@@ -546,7 +546,7 @@ struct supervisor {
 	struct watched {             /* a file, and what looks at it saw */
 		const char *path;    /* NULL: none */
 		struct look {
-			uint64_t mtime_ns, size, inode, device;
+			uint64_t ctime_ns, size, inode, device;
 			bool there;
 		} loaded, last;
 	} watched[WATCHED_COUNT];

@@ -1926,7 +1926,7 @@ def test_options_from_the_environment(lab):
     same([tinyauth.ask("GET", "/").status for _ in range(3)], [200, 200, 429], "burst")
     assert all(line.startswith(b"{") for _, line in tinyauth.lines), "TINYAUTH_LOG_FORMAT=json had no effect"
     lab.write(lab.path("k"), KEYS)
-    text = lab.run("check", TINYAUTH_LISTEN="127.0.0.1:7001,127.0.0.1:7002", TINYAUTH_UPSTREAM="127.0.0.1:7003",
+    text = lab.run("check", TINYAUTH_LISTEN="127.0.0.1:7001, 127.0.0.1:7002", TINYAUTH_UPSTREAM="127.0.0.1:7003",
                    TINYAUTH_KEYS=lab.path("k")).stdout
     for word in ("127.0.0.1:7001", "127.0.0.1:7002", "127.0.0.1:7003"):
         assert word in text, f"check does not show {word}: {text}"
@@ -1955,6 +1955,17 @@ def test_edit_in_place_is_noticed(lab):
     until(lambda: tinyauth.ask("GET", "/", key=WRONG).status == 200, "effect of the edit", 10)
     lab.key("rm", "dora")
     until(lambda: tinyauth.ask("GET", "/", key=WRONG).status == 401, "effect of key rm", 10)
+
+
+def test_edit_that_keeps_size_and_time_is_noticed(lab):
+    """What chown and chmod change, or an edit with the old time put back, is looked at too."""
+    tinyauth = lab.tinyauth(keys=f"alice {ALICE}\ndora {WRONG}x\n")
+    seen = os.stat(tinyauth.keys)
+    with open(tinyauth.keys, "r+", encoding="ascii") as keys:
+        keys.write(f"alice {ALICE}\ndora x{WRONG}\n")
+    os.utime(tinyauth.keys, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    same((os.stat(tinyauth.keys).st_size, os.stat(tinyauth.keys).st_mtime_ns), (seen.st_size, seen.st_mtime_ns), "size and time")
+    until(lambda: tinyauth.ask("GET", "/", key=f"x{WRONG}").status == 200, "effect of the edit", 10)
 
 
 def test_revoked_key_lets_its_stream_run(lab):
@@ -2023,7 +2034,10 @@ def test_key_add(lab):
 
 
 def test_key_add_makes_the_file(lab):
-    """The first key add makes a file that others cannot read."""
+    """The first key add makes a file that others cannot read; rotate, rm and list make none."""
+    for command in (["rotate", "first"], ["rm", "first"], ["list"]):
+        done = lab.key(*command, status=1)
+        assert "No such file" in done.stderr and not os.path.exists(lab.path("keys")), f"{command}: {done.stderr}"
     secret = new_secret(lab, lab.key("add", "first"))
     same(os.stat(lab.path("keys")).st_mode & 0o077, 0, "rights of others")
     tinyauth = lab.tinyauth(keys=Path(lab.path("keys")).read_text())
@@ -2067,6 +2081,8 @@ def test_key_refusals_leave_the_file(lab):
         done = lab.key(*args, status=(1, 64))
         assert done.stderr.strip() and not done.stdout, f"key {args}: {done.stdout!r}, {done.stderr!r}"
         same(path.read_text(), KEYS, f"the file after key {args}")
+    done = lab.run("key", "add", "env", status=64, TINYAUTH_KEYS=str(path), TINYAUTH_KEY=WRONG)
+    assert "TINYAUTH_KEY" in done.stderr, done.stderr
     lab.write(str(path), BAD_KEYS)
     lab.key("add", "dora", status=(1, 78))
     same(path.read_text(), BAD_KEYS, "a broken file")
@@ -2109,6 +2125,23 @@ def test_check(lab):
         assert secret not in done.stdout + done.stderr, "check shows a secret"
     lab.run("check", "-k", lab.path("none"), status=1)
     lab.run("check", "--nonsense", status=64)
+    for option, path, said in (("--log", "none/log", "No such file"), ("--state", "none/state", "No such file"), ("--log", ".", "directory")):
+        done = lab.run(*args, option, lab.path(path), status=1)
+        assert said in done.stderr and option in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    lab.run(*args, "--log", lab.path("log"), "--state", lab.path("state"))
+    same([name for name in ("log", "state") if os.path.exists(lab.path(name))], [], "files that check made")
+
+
+def test_upgrade_without_a_place_for_the_log(lab):
+    """USR2 after the log's directory is gone: the old binary goes on serving, and says why."""
+    os.mkdir(lab.path("gone"))
+    tinyauth = lab.tinyauth(log=lab.path("gone/log"))
+    tinyauth.expect("log")
+    pid = tinyauth.workers()
+    shutil.rmtree(lab.path("gone"))
+    tinyauth.signal(signal.SIGUSR2)
+    until(lambda: any(b"cannot be opened for writing" in line for _, line in tinyauth.lines), "a word on stderr")
+    same((tinyauth.ask("GET", "/t/echo").status, tinyauth.workers()), (200, pid), "answer and workers")
 
 
 OPTIONS = ("keys listen upstream workers max-conns ip-rate ip-burst log log-format header-timeout connect-timeout "
@@ -2117,8 +2150,8 @@ OPTIONS = ("keys listen upstream workers max-conns ip-rate ip-burst log log-form
 
 def test_help_and_version(lab):
     """-h names every option, -V the version; both exit 0 and keep stderr empty."""
-    for flag in ("-h", "--help"):
-        done = lab.run(flag)
+    for flag in (["-h"], ["--help"], ["check", "--help"], ["key", "-h"]):
+        done = lab.run(*flag)
         missing = [option for option in OPTIONS if f"--{option}" not in done.stdout]
         same((missing, done.stderr), ([], ""), "options missing in the help")
     for flag in ("-V", "--version"):

@@ -313,6 +313,36 @@ def test_ordinary_user(lab):
     assert "workers run as who starts them" in done.stdout, done
 
 
+def test_key_edits_keep_the_group(lab):
+    """What the file's owner edits stays readable for the group that serves it, or is not changed."""
+    _, home = ordinary(lab)
+    keys, before = home / "keys", ["setpriv", "--reuid", str(USER), "--regid", str(GROUP)]
+    os.chown(keys, USER, GROUP + 1)
+    keys.chmod(0o640)
+    subprocess.run([*before, "--groups", str(GROUP + 1), home / "tinyauth", "key", "rm", "bob", "-k", keys], check=True)
+    found = keys.stat()
+    same((found.st_uid, found.st_gid, found.st_mode & 0o777), (USER, GROUP + 1, 0o640), "owner, group and mode")
+    text = keys.read_text()
+    assert "bob" not in text, text
+    done = subprocess.run([*before, "--clear-groups", home / "tinyauth", "key", "rm", "alice", "-k", keys], text=True, capture_output=True)
+    assert done.returncode == 1 and "not changed: its owner and group" in done.stderr, done
+    same((keys.read_text(), sorted(os.listdir(home))), (text, ["keys", "tinyauth"]), "the file and what is beside it")
+
+
+def test_keys_file_of_another_is_read_once_it_may_be(lab):
+    """A new keys file that the server may not read is refused; once chown has mended it, it is taken without a signal."""
+    before, home = ordinary(lab)
+    tinyauth = Server(lab, "-k", str(home / "keys"), before=before, binary=str(home / "tinyauth"), keys=None)
+    tinyauth.expect("keys")
+    (home / "new").write_text(f"alice {WRONG}\n")
+    (home / "new").chmod(0o600)
+    (home / "new").rename(home / "keys")
+    tinyauth.wait_event("keys_refused", 1, 10)
+    same(tinyauth.ask("GET", "/t/echo").status, 200, "the old key")
+    os.chown(home / "keys", USER, GROUP)
+    until(lambda: tinyauth.ask("GET", "/t/echo", key=WRONG).status == 200, "the new key", 10)
+
+
 def test_keys_are_read_by_the_supervisor_alone(lab):
     """Keys that only root can read are published to workers, also after an edit, an upgrade and a worker's death."""
     only_root()
@@ -496,6 +526,15 @@ def test_forwarded_for_counts_the_client(lab):
     client = tinyauth.connect()
     got = [client.ask("GET", "/t/echo", f"X-Forwarded-For: 192.0.2.{n % 3}").status for n in range(9)]
     same(got, [200] * 6 + [429] * 3, "statuses of three clients in turn")
+
+
+def test_forwarded_for_of_an_unnamed_client(lab):
+    """A client for whom a PROXY header has no address is not believed what it says of others; the peer itself is."""
+    unnamed = b"\r\n\r\n\0\r\nQUIT\n" + struct.pack("!BBH", 0x21, 0, 0)
+    for head, wanted in ((b"PROXY UNKNOWN\r\n", [200, 200, 429]), (unnamed, [200, 200, 429]), (v2("::1", command=0), [200] * 3)):
+        tinyauth = lab.tinyauth("--trust", "127.0.0.1", "--ip-burst", "1", ip_rate="1/h")
+        got = [proxied(tinyauth, head).ask("GET", "/t/echo", f"X-Forwarded-For: 192.0.2.{n}").status for n in range(3)]
+        same(got, wanted, f"statuses behind {head}")
 
 
 def test_forwarded_proto(lab):
@@ -1100,8 +1139,9 @@ def test_check_url(lab):
     name, tls = (f"127.0.0.1:{server.address[1]}" for server in (plain, secure))
     for url in (f"http://{name}/health", f"http://{name}", f"http://{name}/", f"unix:{path}", f"https://{tls}/health", f"https://{tls}",
                 f"http://localhost:{plain.address[1]}/health"):
-        done = lab.run("check", "--url", url)
-        same((done.stdout, done.stderr), ("", ""), f"words for {url}")
+        for words in (["--url", url], [f"--url={url}"]):
+            done = lab.run("check", *words)
+            same((done.stdout, done.stderr), ("", ""), f"words for {words}")
     refused = lab.held_port().getsockname()[1]
     model = lab.shared.name
     for url, words in ((f"http://127.0.0.1:{refused}/", "cannot connect"), (f"http://{name}/t/echo", "401"), (f"http://{tls}/health", "400"),

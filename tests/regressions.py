@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.dont_write_bytecode = True
-from e2e import (ALICE, BOB, KEYS, UPGRADE, WRONG, Client, Cut, Load, Stream, alive, connect_to, frozen,  # noqa: E402
+from e2e import (ALICE, BOB, KEYS, UPGRADE, WRONG, Client, Cut, Load, Skip, Stream, alive, connect_to, frozen,  # noqa: E402
                  is_cut, main, many_keys, measured, request, same, stands_still, until)
 from model import BLOCK, pattern  # noqa: E402
 
@@ -469,6 +469,45 @@ def test_keys_file_that_breaks_during_an_upgrade(lab):
     same([tinyauth.ask("GET", "/", key=key).status for key in (ALICE, WRONG)], [200, 401], "the old keys")
     tinyauth.publish(f"mia {WRONG}\n")
     same([tinyauth.ask("GET", "/", key=key).status for key in (ALICE, WRONG)], [401, 200], "the mended file")
+
+
+def secret_in(pids, secret):
+    """Where a text stands in the memory of processes."""
+    found = []
+    for pid in pids:
+        with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            for line in maps:
+                start, end = (int(word, 16) for word in line.split()[0].split("-"))
+                if " rw" in line:
+                    memory.seek(start)
+                    with contextlib.suppress(OSError):
+                        found += [f"{pid} {line.split()[-1]}"] if secret.encode() in memory.read(end - start) else []
+    return found
+
+
+@measured
+def test_no_key_stays_in_memory(lab):
+    """After requests with a key, pipelined ones, refused ones and half a one, no process holds the key's text."""
+    if os.geteuid() != 0:
+        raise Skip("only root reads another process's memory")
+    secret = "sk-memory-0123456789abcdef-0123456789"
+    one, refused = request(key=secret), request(key=secret).replace(b"Host:", b"Host :")
+    padded = request("GET", "/t/echo", f"X-Padding: {'x' * 4000}", key=secret)
+    tinyauth = lab.tinyauth(keys=f"alice {secret}\n")
+    for text, statuses in ((one, [200]), (one * 400, [200] * 400), (request(key=secret + "x"), [401]), (padded + one, [200] * 2),
+                           (refused, [400])):
+        with contextlib.closing(tinyauth.connect()) as client:
+            client.send(text[:-2])
+            until(lambda: text == refused or secret_in(tinyauth.workers(), secret), "the last head in a buffer")
+            client.send(text[-2:])
+            same([client.read().status for _ in statuses], statuses, "statuses")
+        pids = [tinyauth.process.pid, *tinyauth.workers()]
+        same(secret_in(pids, secret), [], f"where the key still stands after {len(text)} bytes, statuses {set(statuses)}")
+    client = tinyauth.connect()
+    client.send(one[:-2])
+    until(lambda: secret_in(tinyauth.workers(), secret), "half a head in a buffer")
+    client.close()
+    until(lambda: not secret_in(pids, secret), "end of the half head")
 
 
 NOT_OVER_TLS = {
