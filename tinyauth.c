@@ -2058,9 +2058,19 @@ keys_find(const struct keys_map *map, const unsigned char digest[32], struct key
 /* Bad lines, as they are named on stderr. */
 struct complaints {
 	int to;                      /* descriptor; -1: only counted */
+	bool hasty;                  /* a server says them, which waits for no reader */
 	const char *file;
 	uint64_t n;
 };
+
+/* Does a descriptor take PIPE_BUF bytes at once? */
+static bool
+words_fit(int to)
+{
+	struct pollfd p = {to, POLLOUT, 0};
+
+	return poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) != 0;
+}
 
 __attribute__((format(printf, 3, 4))) static void
 complain(struct complaints *c, uint64_t line, const char *format, ...)
@@ -2069,12 +2079,14 @@ complain(struct complaints *c, uint64_t line, const char *format, ...)
 	struct out o = {text, 0, sizeof text - 1, false};
 	va_list rest;
 
-	if (++c->n > KEYS_ERRORS_SHOWN || c->to < 0)
+	if (++c->n > KEYS_ERRORS_SHOWN || c->to < 0 || (c->hasty && !words_fit(c->to)))
 		return;
 	out_print(&o, line > 0 ? "%s:%llu: " : "%s: ", c->file, (unsigned long long)line);
 	va_start(rest, format);
 	out_vprint(&o, format, rest);
 	va_end(rest);
+	if (c->hasty && o.n >= PIPE_BUF)
+		o.n = PIPE_BUF - 1;
 	text[o.n] = '\n';
 	write_whole(c->to, (struct slice){text, o.n + 1});
 }
@@ -2082,7 +2094,7 @@ complain(struct complaints *c, uint64_t line, const char *format, ...)
 static void
 complaints_end(const struct complaints *c)
 {
-	if (c->to >= 0 && c->n > KEYS_ERRORS_SHOWN)
+	if (c->to >= 0 && c->n > KEYS_ERRORS_SHOWN && (!c->hasty || words_fit(c->to)))
 		say(c->to, "%s: and %llu more errors\n", c->file, (unsigned long long)(c->n - KEYS_ERRORS_SHOWN));
 }
 
@@ -2307,7 +2319,7 @@ keys_exposed(const struct file *f)
 static void
 keys_warn_exposed(const struct file *f, const char *path)
 {
-	if (keys_exposed(f))
+	if (keys_exposed(f) && words_fit(STDERR_FILENO))
 		say(STDERR_FILENO, "tinyauth: %s: holds plain secrets and everybody can read it; chmod 600 it\n", path);
 }
 
@@ -2445,19 +2457,12 @@ table_row(struct table *t, uint32_t number)
 	return (struct conn_row *)(t + 1) + number;
 }
 
-/* The number of a row, or -1. */
-static int
-table_row_number(struct table *t, const struct conn_row *row)
-{
-	return row != NULL ? (int)(row - table_row(t, 0)) : -1;
-}
-
 /* The open connections of one worker: the identity of the client address of each, 0 where there is none. They stand behind
  * all rows, so that looking at every row touches few pages. */
 static _Atomic uint64_t *
 table_held(struct table *t, const struct conn_row *row)
 {
-	return (_Atomic uint64_t *)table_row(t, geometry.rows) + (size_t)table_row_number(t, row) * geometry.conns;
+	return (_Atomic uint64_t *)table_row(t, geometry.rows) + (size_t)(row - table_row(t, 0)) * geometry.conns;
 }
 
 /* Gives back what a worker held, however it ended. */
@@ -2474,49 +2479,45 @@ table_row_give(struct table *t, struct conn_row *row)
 }
 
 /* A row of a table in a file is that of the process that holds a lock on the byte of its number: not to wait for, but
- * because the kernel takes it back when the process ends, however it ends. */
+ * because the kernel takes it back when the process ends, however it ends. Elsewhere, where fd is -1, the supervisor sees that. */
 static bool
-table_lock(int fd, uint32_t row, int command, short type)
+table_lock(int fd, uint32_t row, short type)
 {
 	struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)row, .l_len = 1};
 
-	return fcntl(fd, command, &lock) == 0 && (command != F_GETLK || lock.l_type == F_UNLCK);
+	return fd < 0 || fcntl(fd, F_SETLK, &lock) == 0;
 }
 
-/* Rows of processes that are gone are given back. */
+/* Gives back the rows of process `gone`, 0: of all that are gone. One that lives has its lock. */
 static void
-table_recover(struct table *t, int fd)
+table_recover(struct table *t, int fd, uint32_t gone)
 {
 	for (uint32_t i = 0; i < geometry.rows; i++) {
 		struct conn_row *row = table_row(t, i);
 		uint32_t pid = atomic_load(&row->taken);
-		if (pid != 0 && pid != (uint32_t)getpid() && table_lock(fd, i, F_GETLK, F_WRLCK) &&
-		    atomic_compare_exchange_strong(&row->taken, &pid, (uint32_t)getpid()))
+		if (pid == 0 || pid == (uint32_t)getpid() || (gone != 0 && pid != gone) || !table_lock(fd, i, F_WRLCK))
+			continue;
+		if (atomic_compare_exchange_strong(&row->taken, &pid, (uint32_t)getpid()))
 			table_row_give(t, row);
+		table_lock(fd, i, F_UNLCK);
 	}
 }
 
-/* A row that nobody has, now this process's; NULL: all are taken. */
+/* A row that nobody has, now this process's and, by its lock, to be seen as such; NULL: all are taken. The lock comes first,
+ * or somebody who looks between the two would think its process gone. */
 static struct conn_row *
-table_row_take(struct table *t)
+table_row_take(struct table *t, int fd)
 {
 	for (uint32_t i = 0; i < geometry.rows; i++) {
 		struct conn_row *row = table_row(t, i);
 		uint32_t nobody = 0;
+		if (atomic_load(&row->taken) != 0 || !table_lock(fd, i, F_WRLCK))
+			continue;
 		if (atomic_compare_exchange_strong(&row->taken, &nobody, (uint32_t)getpid()))
 			return row;
+		table_lock(fd, i, F_UNLCK);
 	}
 	return NULL;
-}
-
-/* In a table that lies in a file: from now on, and as long as this process lives and keeps `fd`, the row is its own. */
-static void
-table_row_own(struct table *t, int fd, struct conn_row *row)
-{
-	if (row == NULL)
-		return;
-	atomic_store(&row->taken, (uint32_t)getpid());
-	table_lock(fd, (uint32_t)table_row_number(t, row), F_SETLK, F_WRLCK);
 }
 
 /* Adds to a counter that only this process writes, so that nothing has to be locked. */
@@ -6278,7 +6279,7 @@ relay_request(struct worker *w, struct conn *c)
 	if (p->broken)
 		return STEP_AGAIN;
 	enum move move = pipe_move(w, p, &c->client, &c->upstream);
-	if (p->out != before)
+	if (p->out != before && !(c->state == S_RELAY && pipe_waits(&c->resp)))   /* what it sends does not stand for what it reads */
 		conn_touch(w, c);
 	switch (move) {
 	case MOVE_DONE:
@@ -7243,6 +7244,8 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	int pid = 0, status = 0, from = name_ask(text, passive, NULL, NULL, &pid);
 	struct pollfd answer = {from, POLLIN, 0};
 
+	if (from < 0 && failure == EXIT_SUCCESS)
+		return 0;
 	if (from < 0)
 		die(EXIT_FAILURE, "--%s: '%s': no process to look up the name: %s", option, text, strerror(errno));
 	while (poll(&answer, 1, RESOLVE_MS) < 0 && errno == EINTR)
@@ -7252,7 +7255,7 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
 	unsigned n = name_answer(from, text, found);
-	if (n == 0)
+	if (n == 0 && failure != EXIT_SUCCESS)
 		die(failure, "--%s: '%s': cannot find the address of '%.*s': %s", option, text, (int)(strrchr(text, ':') - text), text,
 		    answer.revents == 0 || !WIFEXITED(status) ? "no answer"
 		        : gai_strerror(EAI_NONAME < 0 ? -WEXITSTATUS(status) : WEXITSTATUS(status)));
@@ -7270,7 +7273,7 @@ names_find(int failure)
 			config.listen[i] = found[0];
 	if (config.upstream.named && config.upstream.addrs == 0) {
 		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, failure);
-		memcpy(config.upstream.addr, found, sizeof found);
+		memcpy(config.upstream.addr, found, config.upstream.addrs * sizeof *found);
 		upstream_host(&config.upstream);
 	}
 }
@@ -7790,9 +7793,15 @@ static void
 worker_step_ready(struct worker *w)
 {
 	size_t kept = 0;
+	bool signed_one = false;
 
 	for (size_t i = 0; i < w->readies; i++) {
 		struct conn *c = w->ready[i];
+		if (c->state == S_TLS && signed_one) {       /* a signature costs as much as hundreds of requests: one a turn */
+			w->ready[kept++] = c;
+			continue;
+		}
+		signed_one |= c->state == S_TLS;
 		c->queued = false;
 		if (c->state == S_FREE)
 			continue;
@@ -8075,9 +8084,16 @@ children_tell(const struct supervisor *s, char word, int fd)
 		child_tell(&s->child[i], word, fd);
 }
 
+/* The file of the shared table, or -1. */
+static int
+supervisor_state(const struct supervisor *s)
+{
+	return config.state != NULL ? s->shared[SHARED_TABLE] : -1;
+}
+
 /* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
 __attribute__((noreturn)) static void
-child_run(const struct supervisor *s, int control, struct conn_row *row)
+child_run(const struct supervisor *s, int control)
 {
 	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 
@@ -8098,9 +8114,7 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	w->table = s->table;
 	w->pair = s->pair;
 	w->sessions = s->sessions;
-	w->row = row;
-	if (config.state != NULL)
-		table_row_own(s->table, s->shared[SHARED_TABLE], row);
+	w->row = table_row_take(s->table, supervisor_state(s));
 	w->control = control;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
@@ -8109,6 +8123,29 @@ child_run(const struct supervisor *s, int control, struct conn_row *row)
 	worker_run(w);
 	pair_forget(s->pair);
 	exit(EXIT_SUCCESS);
+}
+
+/* A worker takes its place: those of older generations in it, or in one that is no more, drain. Workers of a binary that was
+ * just started do so when the first of them says that it serves, so that one that cannot start does no harm. */
+static void
+supervisor_relieve(struct supervisor *s, const struct child *by)
+{
+	for (struct child *child = s->child; child < s->child + s->children; child++)
+		if (!child->draining && child->generation < by->generation &&
+		    (child->slot == by->slot || (uint64_t)child->slot >= config.workers)) {
+			child->draining = true;
+			child_tell(child, 'D', -1);
+		}
+}
+
+/* Has another worker taken the place of this one? */
+static bool
+supervisor_relieved(const struct supervisor *s, const struct child *by)
+{
+	for (const struct child *child = s->child; child < s->child + s->children; child++)
+		if (child->generation > by->generation && child->slot == by->slot)
+			return true;
+	return false;
 }
 
 static void
@@ -8121,45 +8158,32 @@ supervisor_spawn(struct supervisor *s, int slot)
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
-	struct conn_row *row = table_row_take(s->table);
 	log_flush(s->log);
 	pid = fork();
 	if (pid == 0) {
 		close(pair[0]);
-		child_run(s, pair[1], row);
+		child_run(s, pair[1]);
 	}
 	close(pair[1]);
 	if (pid < 0) {
 		close(pair[0]);
-		if (row != NULL)
-			table_row_give(s->table, row);
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
 		return;
 	}
-	if (row != NULL)
-		atomic_store(&row->taken, (uint32_t)pid);
-	s->child[s->children++] = (struct child){.pid = pid, .control = pair[0], .slot = slot, .row = row, .born_ns = s->now_ns};
+	struct child *child = &s->child[s->children++];
+	*child = (struct child){.pid = pid, .control = pair[0], .slot = slot, .generation = s->generation, .born_ns = s->now_ns};
 	s->respawn_ns[slot] = 0;
 	log_worker_started(s->log, slot, pid);
+	if (s->proven)
+		supervisor_relieve(s, child);
 }
 
-/* Tells every worker that serves now to drain; `word`: T also tells those that drain already that the server stops. */
-static void
-supervisor_drain_children(struct supervisor *s, char word)
-{
-	for (unsigned i = 0; i < s->children; i++)
-		if (!s->child[i].draining || word == 'T') {
-			s->child[i].draining = true;
-			child_tell(&s->child[i], word, -1);
-		}
-}
-
-/* A new generation on the same sockets; the old one, if there is one, drains. None once the server stops: it would have no
- * sockets, hear no T and keep the supervisor waiting. */
+/* The next generation of workers, on the same sockets; those before it drain as it takes their places. None once the server
+ * stops: it would have no sockets, hear no T and keep the supervisor waiting. */
 static void
 supervisor_generation(struct supervisor *s)
 {
-	supervisor_drain_children(s, 'D');
+	s->generation++;
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		supervisor_spawn(s, (int)slot);
 }
@@ -8191,11 +8215,10 @@ supervisor_reap(struct supervisor *s)
 		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
 			s->hopeless = true;
 		close(child->control);
-		if (child->row != NULL)
-			table_row_give(s->table, child->row);
+		table_recover(s->table, supervisor_state(s), (uint32_t)pid);
 		if (!child->draining || status != 0)
 			log_worker_died(s->log, child, status);
-		if (!child->draining && !s->draining)
+		if (!child->draining && !s->draining && !supervisor_relieved(s, child))
 			supervisor_replace(s, child);
 		*child = s->child[--s->children];
 	}
@@ -8261,8 +8284,10 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	size_t size = 0;
 	int fd = -1;
 
-	if (config.keys != NULL && !keys_read(config.keys, &file, bad))
+	if (config.keys != NULL && !keys_read(config.keys, &file, bad)) {
+		s->watched[WATCHED_KEYS].again_ns = s->now_ns + AGAIN_MS * NS_PER_MS;
 		return false;
+	}
 	if (file.p != NULL)
 		s->watched[WATCHED_KEYS].loaded = s->watched[WATCHED_KEYS].last = look_of(&file.st);
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
@@ -8300,7 +8325,7 @@ supervisor_keys(const struct supervisor *s)
 static void
 supervisor_reload_keys(struct supervisor *s)
 {
-	struct complaints bad = {.to = STDERR_FILENO, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
+	struct complaints bad = {STDERR_FILENO, true, config.keys != NULL ? config.keys : "TINYAUTH_KEY", 0};
 
 	if (supervisor_publish(s, &bad))
 		log_keys_published(s->log, supervisor_keys(s));
@@ -8360,7 +8385,7 @@ supervisor_renew(struct supervisor *s)
 
 /* Did this file change since it was loaded, and does it stand still? */
 static bool
-watched_changed(struct watched *file)
+watched_changed(struct watched *file, uint64_t now_ns)
 {
 	struct stat st;
 	struct look look = {.there = false};
@@ -8371,9 +8396,11 @@ watched_changed(struct watched *file)
 		look = look_of(&st);
 	bool settled = look_equal(&look, &file->last);
 	file->last = look;
-	if (!settled || look_equal(&look, &file->loaded))
+	bool again = file->again_ns != 0 && file->again_ns <= now_ns;
+	if (!settled || (!again && look_equal(&look, &file->loaded)))
 		return false;
 	file->loaded = look;
+	file->again_ns = 0;
 	return true;
 }
 
@@ -8395,9 +8422,10 @@ supervisor_watch(struct supervisor *s)
 	if (s->now_ns < s->look_ns)
 		return;
 	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
-	if (watched_changed(&s->watched[WATCHED_KEYS]))
+	if (watched_changed(&s->watched[WATCHED_KEYS], s->now_ns))
 		supervisor_reload_keys(s);
-	bool cert = watched_changed(&s->watched[WATCHED_TLS_CERT]), key = watched_changed(&s->watched[WATCHED_TLS_KEY]);
+	bool cert = watched_changed(&s->watched[WATCHED_TLS_CERT], s->now_ns);
+	bool key = watched_changed(&s->watched[WATCHED_TLS_KEY], s->now_ns);
 	if ((cert || key) && !s->draining)
 		supervisor_renew(s);
 	supervisor_warn(s);
@@ -8410,13 +8438,14 @@ static bool
 upgrade_checks(const struct supervisor *s)
 {
 	size_t n = 0;
-	int status = -1, pid;
+	int status = -1, pid, ends[2];
 
 	while (s->argv[n] != NULL)
 		n++;
 	char **argv = calloc(n + 2, sizeof *argv);
-	if (argv == NULL)
+	if (argv == NULL || pipe(ends) != 0)
 		return false;
+	struct pollfd end = {ends[0], POLLIN, 0};    /* of the child, which keeps the other end */
 	memcpy(argv + 2, s->argv + 1, (n - 1) * sizeof *argv);
 	argv[0] = s->argv[0];
 	argv[1] = (char *)(uintptr_t)"check";
@@ -8429,6 +8458,10 @@ upgrade_checks(const struct supervisor *s)
 		_exit(127);
 	}
 	free(argv);
+	close(ends[1]);
+	if (pid > 0 && poll(&end, 1, CHECK_MS) == 0)
+		kill(pid, SIGKILL);
+	close(ends[0]);
 	while (pid > 0 && waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
 	return pid > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0;
@@ -8472,7 +8505,7 @@ upgrade_environment(const struct supervisor *s)
 		out_print(&o, "%d ", s->shared[i]);
 	out_print(&o, "%d %d", s->bound, s->closed);
 	for (const struct child *child = s->child; child < s->child + s->children; child++)
-		out_print(&o, " %d:%d:%d:%d", child->pid, child->control, child->slot, table_row_number(s->table, child->row));
+		out_print(&o, " %d:%d:%d", child->pid, child->control, child->slot);
 	text[o.n] = '\0';
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
 	text_print(number, sizeof number, "%u", s->listeners);
@@ -8512,7 +8545,8 @@ supervisor_upgrade(struct supervisor *s)
 	atomic_store(&s->keys->stale, 0);
 	upgrade_expose(s, false);
 	for (unsigned i = 0; i < s->listeners; i++)
-		close(3 + (int)i);
+		if (s->listener[i] != 3 + (int)i)    /* it was lifted */
+			close(3 + (int)i);
 	unsetenv("LISTEN_PID");
 	unsetenv("LISTEN_FDS");
 	unsetenv("TINYAUTH_HANDOVER");
@@ -8581,8 +8615,7 @@ supervisor_inherit(struct supervisor *s)
 		child->pid = (int)strtol(text, &text, 10);
 		child->control = (int)strtol(text + 1, &text, 10);
 		child->slot = (int)strtol(text + 1, &text, 10);
-		long row = strtol(text + 1, &text, 10);
-		child->row = s->table != NULL && row >= 0 && (uint64_t)row < geometry.rows ? table_row(s->table, (uint32_t)row) : NULL;
+		text += strcspn(text, " ");          /* another version may say more */
 		fcntl(child->control, F_SETFD, FD_CLOEXEC);
 	}
 	unsetenv("TINYAUTH_HANDOVER");
@@ -8658,8 +8691,10 @@ supervisor_hear(struct supervisor *s)
 			for (ssize_t k = 0; k < n; k++) {
 				if (words[k] == 'P')
 					child->pings = 0;
-				else if (words[k] == 'S')
+				else if (words[k] == 'S' && child->generation > 0) {
 					s->proven = true;
+					supervisor_relieve(s, child);
+				}
 				else if (words[k] == 'R' && s->resolver == 0)
 					s->resolve_ns = s->now_ns;
 			}
@@ -8802,7 +8837,9 @@ supervisor_stop(struct supervisor *s)
 			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
 	s->listeners = 0;
 	memset(s->respawn_ns, 0, sizeof s->respawn_ns);
-	supervisor_drain_children(s, 'T');
+	for (unsigned i = 0; i < s->children; i++)
+		s->child[i].draining = true;
+	children_tell(s, 'T', -1);
 }
 
 /* The second one: workers end at once, so that cut streams look cut, and are killed when they do not. */
@@ -8829,7 +8866,7 @@ supervisor_wait(struct supervisor *s)
 	if (config.idle_exit_ms != 0 && !s->bound && s->now_ns + config.idle_exit_ms * NS_PER_MS / 4 < until)
 		until = s->now_ns + config.idle_exit_ms * NS_PER_MS / 4;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
-	if (s->log->n > 0 && ns > LOG_RETRY_MS * NS_PER_MS)
+	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or the first worker's word */
 		ns = LOG_RETRY_MS * NS_PER_MS;
 	struct timespec time = {(time_t)(ns / NS_PER_S), (long)(ns % NS_PER_S)};
 	sigemptyset(&none);
@@ -8931,7 +8968,7 @@ table_from_config(uint64_t least, uint64_t rows, int *fd)
 	struct table *t = table_open(config.state, least, rows, config.max_conns, fd, &aside);
 	if (aside)
 		say(STDERR_FILENO, "tinyauth: %s: was no table of this version and size; set aside as %s.old\n", config.state, config.state);
-	table_recover(t, *fd);
+	table_recover(t, *fd, 0);
 	return t;
 }
 
@@ -9000,13 +9037,13 @@ supervisor_run(char *const *argv)
 	uint64_t asked = config.max_conns, rows = ROWS_PER_WORKER * config.workers;
 	supervisor_descriptors();
 	keys_must_be_named(EX_CONFIG);
-	names_find(EX_CONFIG);
+	names_find(getenv("TINYAUTH_HANDOVER") != NULL ? EXIT_SUCCESS : EX_CONFIG);   /* after an upgrade it may come later */
 	supervisor_listen(s);
 	supervisor_inherit(s);
 	if (s->table == NULL)
 		s->table = table_from_config(rows, rows, &s->shared[SHARED_TABLE]);
 	else if (config.state != NULL)
-		table_recover(s->table, s->shared[SHARED_TABLE]);
+		table_recover(s->table, s->shared[SHARED_TABLE], 0);
 	if (!supervisor_publish(s, &bad) && s->keys == NULL)   /* an upgrade goes on with the keys it was handed */
 		return EX_CONFIG;
 	watched_begin(&s->watched[WATCHED_TLS_CERT], config.tls_cert);
@@ -9026,7 +9063,7 @@ supervisor_run(char *const *argv)
 	s->serving = true;
 	supervisor_tell_start(s, asked);
 	s->look_ns = s->now_ns + WATCH_MS * NS_PER_MS;
-	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
+	s->resolve_ns = s->now_ns + (config.upstream.addrs > 0 ? RESOLVE_EVERY_MS * NS_PER_MS : 0);
 	signal_child = 1;
 	return supervisor_serve(s);
 }
@@ -9111,9 +9148,7 @@ inetd_run(void)
 	w->keys = s->keys;
 	w->pair = pair_from_config(EX_CONFIG);
 	w->table = table_from_config(1, config.state != NULL ? INETD_ROWS : 1, table_fd);
-	w->row = table_row_take(w->table);
-	if (config.state != NULL)
-		table_row_own(w->table, *table_fd, w->row);
+	w->row = table_row_take(w->table, config.state != NULL ? *table_fd : -1);
 	w->log = log_new_from_config();
 	w->log->off = mute && config.log == NULL;
 	if (config.state == NULL)

@@ -102,6 +102,8 @@ enum {
 	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
 	LOG_RETRY_MS = 200,          /* a log that could not be written is tried again after so long */
 	WATCH_MS = 1000,             /* time between two looks at the keys file, the certificate and its key */
+	AGAIN_MS = 30000,            /* until a keys file that could not be read is read again though it did not change */
+	CHECK_MS = 10000,            /* for a new binary to check what it would run */
 	STOP_IDLE_MS = 5000,         /* when the server stops: for the next request of an idle connection */
 	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
@@ -514,7 +516,7 @@ struct child {
 	int pid;
 	int control;                 /* socket to it */
 	int slot;                    /* number among the workers of its generation */
-	struct conn_row *row;        /* what it holds in the shared table */
+	unsigned generation;         /* 0: of the binary before */
 	unsigned pings;              /* that it did not answer yet */
 	bool draining;
 	uint64_t born_ns;
@@ -541,6 +543,7 @@ struct supervisor {
 	unsigned listeners;
 	struct child child[CHILDREN_MAX];   /* those that live, in no order */
 	unsigned children;
+	unsigned generation;         /* of workers; a binary's first is 1 */
 	uint64_t respawn_ns[WORKERS_MAX];   /* when a slot is filled again; 0: it is filled */
 	uint64_t respawn_ms[WORKERS_MAX];   /* the delay that was used last */
 	struct watched {             /* a file, and what looks at it saw */
@@ -549,6 +552,7 @@ struct supervisor {
 			uint64_t ctime_ns, size, inode, device;
 			bool there;
 		} loaded, last;
+		uint64_t again_ns;   /* when it is read once more, as it could not be; 0: it could */
 	} watched[WATCHED_COUNT];
 	uint64_t look_ns, now_ns;    /* when files are looked at again; CLOCK_MONOTONIC, read once a turn */
 	int root;                    /* directory that becomes the workers' root; -1: none */

@@ -10,7 +10,9 @@ and loosely bound, because other machines are slower and busy.
 """
 
 import array
+import concurrent.futures
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -632,6 +634,21 @@ def test_upstream_name_gone(lab):
     same(tinyauth.events("upstream_moved"), [], "moves")
 
 
+def test_upgrade_while_the_name_is_gone(lab):
+    """The name has no address when the new binary starts, after its check found one: it comes up all the same."""
+    before, hosts = named(lab, "127.0.0.1 localhost models.test\n")
+    binary = lab.program(lab.path("tinyauth"))
+    first = Answering(lab, "127.0.0.1", word=b"first")
+    tinyauth = Server(lab, before=before, binary=binary, upstream=f"models.test:{first.port}")
+    tinyauth.expect("event=upstream_moved")
+    os.rename(lab.program(binary + ".new", f'[ "$1" = check ] || echo >{hosts}\nexec {lab.binary} "$@"'), binary)
+    tinyauth.signal(signal.SIGUSR2)
+    tinyauth.wait_event("ready", 2, 15)
+    until(lambda: tinyauth.ask("GET", "/").status == 502, "an answer of the new binary")
+    hosts.write_text("127.0.0.1 localhost models.test\n")
+    until(lambda: tinyauth.ask("GET", "/").body == b"first", "an answer from there", 15)
+
+
 # ---- the state file
 
 def limited(lab, state, *options):
@@ -881,6 +898,31 @@ def test_inetd_state_is_shared(lab):
     check = lab.run("check", "-i", "-k", lab.path("keys"))
     assert "hold for each connection alone" in check.stdout, check.stdout
     assert state in lab.run("check", "-i", "-k", lab.path("keys"), "--state", state).stdout
+
+
+def test_inetd_counts_beside_others_that_come_and_go(lab):
+    """Processes of -i that start and end beside those that stay leave each of these its place in the state file."""
+    options, ending = ("--state", lab.path("state"), "--ip-conns", "30"), time.monotonic() + 3
+    kept = []
+
+    def come_and_go(_):
+        for turn in itertools.count():
+            if time.monotonic() > ending:
+                return
+            served = Inetd(lab, "-k", lab.path("keys"), *options, keys=None)
+            if turn % 8 == 7 and len(kept) < 25 and served.ask("GET", "/t/echo").status == 200:
+                kept.append(served)
+                continue
+            served.client.close()
+            served.process.wait(5)
+    lab.write(lab.path("keys"), KEYS)
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        list(pool.map(come_and_go, range(5)))
+    assert len(kept) > 10, f"{len(kept)} processes stay"
+    for _ in range(30 - len(kept)):
+        kept.append(Inetd(lab, *options))
+        same(kept[-1].ask("GET", "/t/echo").status, 200, "up to the limit")
+    same(Inetd(lab, *options).ask("GET", "/t/echo").status, 429, "one more than the limit")
 
 
 def test_inetd_counts_connections(lab):

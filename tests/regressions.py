@@ -471,6 +471,50 @@ def test_keys_file_that_breaks_during_an_upgrade(lab):
     same([tinyauth.ask("GET", "/", key=key).status for key in (ALICE, WRONG)], [401, 200], "the mended file")
 
 
+@measured
+def test_upgrade_whose_workers_do_not_start(lab):
+    """USR2 to a binary that passes its check and whose workers die at once: the old ones serve on, until a better one comes."""
+    binary = lab.program(lab.path("tinyauth"))
+    tinyauth = lab.tinyauth(binary=binary, workers=2)
+    tinyauth.expect("event=worker_died|cannot map")
+    old = tinyauth.workers()
+    real = shlex.quote(lab.binary)
+    os.rename(lab.program(binary + ".new", f'[ "$1" = check ] || ulimit -v 40000\nexec {real} "$@"'), binary)
+    tinyauth.signal(signal.SIGUSR2)
+    tinyauth.wait_event("worker_died", 4)
+    same({tinyauth.ask("GET", "/t/echo").status for _ in range(20)}, {200}, "answers meanwhile")
+    assert set(old) <= set(tinyauth.workers()), "the old workers drained"
+
+
+def test_upgrade_whose_check_hangs(lab):
+    """A new binary that does not end its check is stopped, and the old one goes on: it replaces workers and hears TERM."""
+    binary = lab.program(lab.path("tinyauth"))
+    tinyauth = lab.tinyauth(binary=binary)
+    tinyauth.expect("event=(worker_died|upgrade_refused)")
+    os.rename(lab.program(binary + ".new", "exec sleep 100"), binary)
+    tinyauth.signal(signal.SIGUSR2)
+    tinyauth.wait_event("upgrade_refused", 1, 20)
+    os.kill(tinyauth.workers()[0], signal.SIGKILL)
+    until(lambda: tinyauth.ask("GET", "/t/echo").status == 200, "a new worker")
+
+
+def test_stderr_that_nobody_reads(lab):
+    """More words about a faulty keys file than stderr takes: they are left out, workers are replaced, and TERM ends it."""
+    tinyauth = lab.tinyauth("--log", lab.path("log"), log=lab.path("log"))
+    tinyauth.expect(".")
+    tinyauth.reading.clear()
+    for count in range(1, 60):
+        lab.write(tinyauth.keys, "".join(f"name{n} {'x' * 40} no-attribute-{n}-{count}\n" for n in range(100)))
+        tinyauth.signal(signal.SIGHUP)
+        tinyauth.wait_event("keys_refused", count)
+    os.kill(tinyauth.workers()[0], signal.SIGKILL)
+    tinyauth.wait_event("worker_started", 2)
+    same(tinyauth.ask("GET", "/t/echo").status, 200, "the new worker's answer")
+    tinyauth.signal(signal.SIGTERM)
+    same(tinyauth.process.wait(5), 0, "exit status")
+    tinyauth.reading.set()
+
+
 def secret_in(pids, secret):
     """Where a text stands in the memory of processes."""
     found = []

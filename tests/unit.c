@@ -1644,7 +1644,7 @@ test_table_connections(void)
 	struct conn_row *row[5];
 
 	for (size_t i = 0; i < LENGTH(row); i++)
-		row[i] = table_row_take(t);
+		row[i] = table_row_take(t, -1);
 	CHECK(row[3] != NULL && row[4] == NULL && row[0] != row[3]);
 	CHECK((char *)(table_held(t, row[3]) + 4) == (char *)t + t->size);
 	for (size_t i = 0; i < 4; i++) {
@@ -1658,7 +1658,7 @@ test_table_connections(void)
 	CHECK(table_connections(t, 7, 100) == 4);
 	row[1]->used = 4;
 	table_row_give(t, row[1]);
-	CHECK(table_connections(t, 7, 100) == 3 && table_row_take(t) == row[1] && table_connections(t, 9, 100) == 3);
+	CHECK(table_connections(t, 7, 100) == 3 && table_row_take(t, -1) == row[1] && table_connections(t, 9, 100) == 3);
 }
 
 static void
@@ -3235,7 +3235,7 @@ worker_new(void)
 	keys_flip(p.map);
 	w->keys = p.map;
 	w->table = table_fresh();
-	w->row = table_row_take(w->table);
+	w->row = table_row_take(w->table, -1);
 	w->log = log_new(-1, LOG_LOGFMT);
 	w->control = w->epoll = -1;
 	w->now_ns = clock_ns();
@@ -3786,6 +3786,27 @@ test_conn_slow_reader(void)
 	const char *body = memmem(got.p, got.n, "\r\n\r\n", 4);
 	if (CHECK(body != NULL))
 		CHECK(chunks_hold(slice_from(out_so_far(&got), (size_t)(body + 4 - got.p)), (struct slice){sent, BYTES}));
+}
+
+static void
+test_conn_reader_who_sends(void)
+{
+	/* A client that sends on and reads nothing has no more time for reading than one that is still. [r31] */
+	static char much[100000];
+	struct rig r = rig_new();
+
+	rig_send(&r, r.client, S("POST / HTTP/1.1\r\n" ALICE "Content-Length: 1000000\r\n\r\nx"));
+	CHECK(rig_upstream(&r).n > 0);
+	rig_send(&r, r.upstream, S("HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"));
+	for (int turn = 0; turn < 10000 && !pipe_waits(&r.c->resp); turn++) {
+		(void)!send(r.upstream, much, sizeof much, MSG_NOSIGNAL | MSG_DONTWAIT);
+		rig_run(&r);
+	}
+	CHECK(r.c->state == S_RELAY && pipe_waits(&r.c->resp));
+	uint64_t deadline_ns = r.c->deadline_ns, out = r.c->req.out;
+	for (int i = 0; i < 10; i++)
+		rig_send(&r, r.client, S("more"));
+	CHECK(r.c->req.out == out + 40 && r.c->deadline_ns == deadline_ns);
 }
 
 static void
@@ -4367,7 +4388,7 @@ test_supervisor_hands_over(void)
 	old->shared[SHARED_SESSIONS] = -1;
 	old->bound = true;
 	old->listeners = 2;
-	old->child[0] = (struct child){.pid = 11, .control = 100, .slot = 1, .row = table_row(old->table, 2)};
+	old->child[0] = (struct child){.pid = 11, .control = 100, .slot = 1, .generation = 7};
 	old->child[1] = (struct child){.pid = 12, .control = 101, .slot = 0};
 	old->children = 2;
 	CHECK(upgrade_environment(old) && text_is(getenv("LISTEN_FDS"), "2"));
@@ -4377,7 +4398,11 @@ test_supervisor_hands_over(void)
 	CHECK(table_address_id(new->table, &peer) == table_address_id(old->table, &peer));
 	CHECK(new->child[0].pid == 11 && new->child[0].control == 100 && new->child[0].slot == 1);
 	CHECK(new->child[1].pid == 12 && new->child[1].control == 101 && new->child[1].slot == 0 && new->children == 2);
-	CHECK(new->child[0].row == table_row(new->table, 2) && new->child[1].row == NULL);
+	CHECK(new->child[0].generation == 0 && new->child[1].generation == 0);
+	setenv("TINYAUTH_HANDOVER", "-1 -1 -1 1 1 11:100:1:2 12:101:0:-1:more", 1);      /* of another version */
+	memset(new, 0, sizeof *new);
+	supervisor_inherit(new);
+	CHECK(new->children == 2 && new->child[0].slot == 1 && new->child[1].pid == 12 && new->child[1].slot == 0);
 	CHECK(getenv("TINYAUTH_HANDOVER") == NULL);
 }
 
@@ -5717,8 +5742,7 @@ test_table_recover(void)
 	CHECK(pipe(ready) == 0);
 	for (int i = 0; i < 2; i++)
 		if ((pid[i] = fork()) == 0) {
-			struct conn_row *row = table_row_take(t);
-			table_row_own(t, fd, row);
+			struct conn_row *row = table_row_take(t, fd);
 			table_held(t, row)[0] = table_held(t, row)[2] = 77;
 			row->used = 3;
 			(void)!write(ready[1], "x", 1);
@@ -5727,19 +5751,19 @@ test_table_recover(void)
 		}
 	for (int i = 0; i < 2; i++)
 		CHECK(read(ready[0], &word, 1) == 1);
-	struct conn_row *ours = table_row_take(t);
+	struct conn_row *ours = table_row_take(t, fd);
 	table_held(t, ours)[0] = 77;
 	ours->used = 1;
 	CHECK(table_connections(t, 77, 100) == 5);
-	table_recover(t, fd);
+	table_recover(t, fd, 0);
 	CHECK(table_connections(t, 77, 100) == 5);
 	kill(pid[0], SIGKILL);
 	waitpid(pid[0], NULL, 0);
-	table_recover(t, fd);
-	CHECK(table_connections(t, 77, 100) == 3 && table_row_take(t) != NULL);
+	table_recover(t, fd, 0);
+	CHECK(table_connections(t, 77, 100) == 3 && table_row_take(t, fd) != NULL);
 	kill(pid[1], SIGKILL);
 	waitpid(pid[1], NULL, 0);
-	table_recover(t, fd);
+	table_recover(t, fd, 0);
 	CHECK(table_connections(t, 77, 100) == 1 && ours->taken == (uint32_t)getpid());
 }
 
@@ -6216,7 +6240,7 @@ static const struct test {
 	TEST(link_spent), TEST(worker_map), TEST(pipe_settle), TEST(pipe_keeps), TEST(pipe_built),
 	TEST(pipe_blocked_chunk), TEST(pipe_move), TEST(conn_serves), TEST(conn_byte_by_byte), TEST(conn_pipelined),
 	TEST(conn_many_pipelined), TEST(conn_refuses), TEST(conn_health), TEST(conn_broken_body_closes),
-	TEST(conn_refused_body_swallowed), TEST(conn_slow_reader), TEST(conn_cut_short), TEST(conn_retries),
+	TEST(conn_refused_body_swallowed), TEST(conn_slow_reader), TEST(conn_reader_who_sends), TEST(conn_cut_short), TEST(conn_retries),
 	TEST(conn_client_goes), TEST(conn_late), TEST(conn_slow_body), TEST(conn_late_streams), TEST(conn_tunnel),
 	TEST(conn_interim), TEST(conn_most_raw_bytes), TEST(conn_random_cuts), TEST(worker_makes_room),
 	TEST(worker_keeps_the_authenticated), TEST(worker_accepts), TEST(worker_patience), TEST(worker_control),

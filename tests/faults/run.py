@@ -729,6 +729,37 @@ def test_fault_fork(lab):
             until(lambda: len(tinyauth.workers()) == 2, "the second worker again")
 
 
+@alone
+def test_fault_fork_of_a_generation(lab):
+    """When no new worker can be started for more keys than the old ones have room for, these serve on until one can."""
+    tinyauth = lab.tinyauth(workers=2)
+    tinyauth.expect("event=worker_missing")
+    with failing(lab, [tinyauth.pid], "?fork,?vfork,?clone", "EAGAIN", "1..10"):
+        tinyauth.publish(KEYS + "".join(f"more{n} {ALICE}-{n}\n" for n in range(110000)))
+        until(lambda: tinyauth.events("worker_missing"), "event=worker_missing")
+        for _ in range(10):
+            client = tinyauth.connect()
+            client.sock.settimeout(2)
+            same(client.ask("GET", "/t/echo").status, 200, "meanwhile")
+        until(lambda: tinyauth.ask("GET", "/t/echo", key=f"{ALICE}-109999").status == 200, "a new worker with the new keys", 15)
+
+
+@alone
+def test_fault_in_an_upgrade(lab):
+    """An upgrade that fails half-way leaves a server that goes on, also with workers that are started later."""
+    for calls, error, when in (("fcntl", "EMFILE", "1"), ("fcntl", "EMFILE", "2"), ("?dup2,?dup3", "EMFILE", "1"), ("?pipe,?pipe2", "EMFILE", "1"),
+                               ("execve", "EACCES", "1")):
+        tinyauth = lab.tinyauth()
+        tinyauth.expect("event=(worker_died|upgrade_refused|upgrade)")
+        with failing(lab, [tinyauth.pid], calls, error, when) as trace:
+            tinyauth.signal(signal.SIGUSR2)
+            until(lambda: injected(trace) and (tinyauth.events("upgrade_refused") or len(tinyauth.events("ready")) > 1), "its end")
+        same(tinyauth.ask("GET", "/t/echo").status, 200, f"after {calls} {error}")
+        os.kill(tinyauth.workers()[0], signal.SIGKILL)
+        until(lambda: tinyauth.events("worker_died"), "the worker's end")
+        until(lambda: tinyauth.ask("GET", "/t/echo").status == 200, f"a new worker's answer after {calls} {error}")
+
+
 RELOAD_FAULTS = {"?open,?openat": "EMFILE ENFILE ENOENT EACCES EIO ENOMEM", "read": "EIO", "?fstat,?newfstatat": "EIO",
                  "mmap": "ENOMEM", "ppoll": "EINTR"}
 

@@ -588,7 +588,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 	table = table_new(1, CONNS, &fd);
 	table->seed[0] = table->seed[1] = 1;
 	worker = (struct worker){.log = &log_of_worker, .keys = keys, .table = table, .control = -1};
-	worker.row = table_row_take(table);
+	worker.row = table_row_take(table, -1);
 	worker_map(&worker);
 	worker.epoll = epoll_create1(EPOLL_CLOEXEC);
 	return 0;

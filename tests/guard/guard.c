@@ -221,7 +221,7 @@ rig_worker(const char *cert, const char *key)
 	worker_map(w);
 	w->keys = rig_keys();
 	w->table = table_new(1, config.max_conns, &fd);
-	w->row = table_row_take(w->table);
+	w->row = table_row_take(w->table, -1);
 	w->log = map_new(sizeof *w->log, MAP_PRIVATE);
 	w->log->fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
 	w->log->regular = true;

@@ -1,12 +1,13 @@
 """Goal: whatever bytes come to the TLS port, a connection hurts only itself, and it ends in time."""
 
 import os
+import select
 import ssl
 import struct
 import time
 
 import hello
-from e2e import Cut, request
+from e2e import Cut, frozen, request
 from lab import (authority, connect, failures, last_request, raw_connect, s_client, same, serve, serve_and_model, still_serves,
                  until)
 from secure import DATA
@@ -273,6 +274,22 @@ def test_flood_of_handshakes_that_stop(lab):
             socks[-1].sendall(hello.HELLO[:50])
     for _ in range(3):
         same(connect(tinyauth).ask("GET", "/t/echo").status, 200, "status")
+
+
+def test_handshakes_that_come_at_once(lab):
+    """A client that is served has its answer before most of many handshakes, which all came before, were worked on."""
+    tinyauth = serve(lab, "--ip-conns", "1000")
+    tinyauth.expect("event=tls_failed")
+    client = connect(tinyauth)
+    same(client.ask("GET", "/health").status, 200, "status")
+    socks = [raw_connect(tinyauth) for _ in range(100)]
+    with frozen(tinyauth.workers()):
+        for sock in socks:
+            sock.sendall(hello.record(22, HELLO))
+        client.send(last_request())
+    same(client.read().status, 200, "status beside them")
+    answered = len(select.select(socks, [], [], 0)[0])
+    assert answered < 50, f"{answered} of 100 handshakes went first"
 
 
 def served(tinyauth):
