@@ -48,6 +48,7 @@
  *   thousands of pipelined requests                 STEPS_MAX, then the others have their turn
  *   connections of one address                      --ip-conns; twice as many may begin a handshake to be told so
  *   handshakes that stall, half records             HANDSHAKE_MS; one record is read ahead at most
+ *   hundreds of handshakes at once                  one signature a turn: worker_step_ready
  *   alerts and empty records without end            PULLS_MAX, then the others have their turn; an engine that cannot send
  *                                                   before it reads on is given up: tls_stuck
  *   plain HTTP on a TLS port, TLS on a plain one    told so in a 400, before any key is read: R_PLAIN_HTTP, R_TLS_HELLO
@@ -1803,13 +1804,14 @@ secret_hashed(struct slice secret)
 	return secret.n >= 7 && memcmp(secret.p, "sha256:", 7) == 0;
 }
 
-/* What functions that have returned left below us on the stack. */
+/* What functions that have returned left below us on the stack, up to 512 bytes. */
 __attribute__((noinline)) static void
 stack_wipe(void)
 {
-	char used[1024];
+	volatile uint64_t used[64];
 
-	wipe(used, sizeof used);
+	for (size_t i = 0; i < LENGTH(used); i++)
+		used[i] = 0;
 }
 
 /* Digest of a secret, of which nothing is left behind: BearSSL's last round copies its block to the stack. */
@@ -5375,7 +5377,7 @@ pipe_settle(struct worker *w, struct pipe *p)
 	else if (pipe_on_scratch(w, p)) {
 		char *buf = pool_take(&w->bufs);
 		memcpy(buf + from, p->mem + from, p->end - from);
-		wipe(p->mem + from, p->end - from);  /* it may hold a key */
+		wipe(p->mem + p->raw, p->end - p->raw);      /* a head that is not whole, or the next one's, with its key */
 		p->mem = buf;
 	}
 }
@@ -6279,7 +6281,8 @@ relay_request(struct worker *w, struct conn *c)
 	if (p->broken)
 		return STEP_AGAIN;
 	enum move move = pipe_move(w, p, &c->client, &c->upstream);
-	if (p->out != before && !(c->state == S_RELAY && pipe_waits(&c->resp)))   /* what it sends does not stand for what it reads */
+	/* What a client sends does not stand for what it should read. */
+	if (p->out != before && !(c->state == S_RELAY && pipe_waits(&c->resp)))
 		conn_touch(w, c);
 	switch (move) {
 	case MOVE_DONE:
