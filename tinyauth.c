@@ -8446,8 +8446,10 @@ upgrade_checks(const struct supervisor *s)
 	while (s->argv[n] != NULL)
 		n++;
 	char **argv = calloc(n + 2, sizeof *argv);
-	if (argv == NULL || pipe(ends) != 0)
+	if (argv == NULL || pipe(ends) != 0) {
+		free(argv);
 		return false;
+	}
 	struct pollfd end = {ends[0], POLLIN, 0};    /* of the child, which keeps the other end */
 	memcpy(argv + 2, s->argv + 1, (n - 1) * sizeof *argv);
 	argv[0] = s->argv[0];
