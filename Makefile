@@ -40,8 +40,9 @@ PORTABLE ?=
 # Debian's compiler makes position-independent code also for what is linked to a fixed place.
 ALL_CFLAGS = $(if $(STATIC),-fno-pie) $(if $(PORTABLE),-DTINYAUTH_PORTABLE) -std=c11 -Wall -Wextra -Werror -Wshadow -Wformat=2 -Wstrict-prototypes -Wvla \
 	$(HARDENING) $(CFLAGS) $(BEARSSL_CFLAGS)
-# In a static program nobody applies relro: it and the linker's rounding would only fill the file up to a page.
-RELRO = $(if $(STATIC),-z norelro -z common-page-size=64,-z relro -z now)
+# In a static program musl does not apply relro: it and the linker's rounding would only fill the file up to a page.
+MUSL := $(findstring musl,$(CC) $(shell $(CC) -dumpmachine 2>/dev/null))
+RELRO = $(if $(and $(STATIC),$(MUSL)),-z norelro -z common-page-size=64,-z relro -z now)
 ALL_LDFLAGS = $(if $(STATIC),$(STATIC) -no-pie) $(addprefix -Xlinker ,$(RELRO) -z noexecstack -z noseparate-code --gc-sections) $(LDFLAGS)
 
 COMPILE = $(CC) $(ALL_CFLAGS)

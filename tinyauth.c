@@ -48,7 +48,7 @@
  *   thousands of pipelined requests                 STEPS_MAX, then the others have their turn
  *   connections of one address                      --ip-conns; twice as many may begin a handshake to be told so
  *   handshakes that stall, half records             HANDSHAKE_MS; one record is read ahead at most
- *   hundreds of handshakes at once                  one signature a turn: worker_step_ready
+ *   hundreds of handshakes at once                  one signature a turn: conn_step
  *   alerts and empty records without end            PULLS_MAX, then the others have their turn; an engine that cannot send
  *                                                   before it reads on is given up: tls_stuck
  *   plain HTTP on a TLS port, TLS on a plain one    told so in a 400, before any key is read: R_PLAIN_HTTP, R_TLS_HELLO
@@ -767,6 +767,8 @@ file_writable(const char *path)
 	}
 	if (access(path, W_OK) == 0 || errno != ENOENT)
 		return access(path, W_OK) == 0;
+	if (lstat(path, &st) == 0)           /* a link that leads nowhere */
+		return false;
 	int fd = directory_open(path);
 	bool good = fd >= 0 && faccessat(fd, ".", W_OK | X_OK, 0) == 0;
 	if (fd >= 0)
@@ -5150,6 +5152,15 @@ link_handshake(struct link *l)
 	}
 }
 
+/* Changes when a handshake had costly work done: the answer to a ClientHello, the secret from a ClientKeyExchange. */
+static unsigned
+link_stage(const struct link *l)
+{
+	const br_ssl_session_parameters *p = l->tls != NULL ? &l->tls->sc.eng.session : NULL;
+
+	return p != NULL ? (unsigned)p->cipher_suite << 16 | (unsigned)p->master_secret[0] << 8 | p->master_secret[1] : 0;
+}
+
 /* Why a TLS link failed, in a word or two. */
 static const char *
 link_error(const struct link *l, char text[32])
@@ -5930,6 +5941,7 @@ step_linger(struct worker *w, struct conn *c)
 		return STEP_CLOSE;
 	for (int reads = 0; reads < MOVES_MAX && c->client.seen & SEEN_READ; reads++) {
 		n = link_discard(&c->client, waste, BUF_SIZE);
+		wipe(waste, n > 0 ? (size_t)n : 0);
 		if (n == LINK_AGAIN)
 			return STEP_WAIT;
 		if (n <= 0 || (c->lingered += (uint64_t)n) > LINGER_BYTES)
@@ -6035,8 +6047,11 @@ conn_turn_away(struct worker *w, struct conn *c, enum reason reason)
 static enum step
 step_tls(struct worker *w, struct conn *c)
 {
+	unsigned stage = link_stage(&c->client);
 	ssize_t done = link_handshake(&c->client);
 
+	if (link_stage(&c->client) != stage)
+		w->signed_turn = w->turn;
 	if (done == LINK_AGAIN)
 		return STEP_WAIT;
 	if (done == LINK_END)
@@ -6554,7 +6569,8 @@ conn_step(struct worker *w, struct conn *c)
 {
 	enum step step = STEP_AGAIN;
 
-	for (int steps = 0; step == STEP_AGAIN && steps < STEPS_MAX; steps++)
+	/* A signature costs as much as hundreds of requests: one a turn. */
+	for (int steps = 0; step == STEP_AGAIN && steps < STEPS_MAX && !(c->state == S_TLS && w->signed_turn == w->turn); steps++)
 		step = STATES[c->state].step(w, c);
 	c->again = step == STEP_AGAIN;
 	if (step == STEP_CLOSE) {
@@ -7697,7 +7713,8 @@ worker_turn_away(struct worker *w, int fd, const struct sockaddr_storage *peer, 
 		out_slice(&o, ALERT);
 	else
 		answer_own(&v, &o);
-	recv(fd, w->scratch[0][0], BUF_SIZE, MSG_DONTWAIT);
+	ssize_t n = recv(fd, w->scratch[0][0], BUF_SIZE, MSG_DONTWAIT);
+	wipe(w->scratch[0][0], n > 0 ? (size_t)n : 0);
 	(void)!write(fd, o.p, o.n);          /* under -i it may be a pipe */
 	shutdown(fd, SHUT_WR);
 	close(fd);
@@ -7796,15 +7813,9 @@ static void
 worker_step_ready(struct worker *w)
 {
 	size_t kept = 0;
-	bool signed_one = false;
 
 	for (size_t i = 0; i < w->readies; i++) {
 		struct conn *c = w->ready[i];
-		if (c->state == S_TLS && signed_one) {       /* a signature costs as much as hundreds of requests: one a turn */
-			w->ready[kept++] = c;
-			continue;
-		}
-		signed_one |= c->state == S_TLS;
 		c->queued = false;
 		if (c->state == S_FREE)
 			continue;
@@ -8293,6 +8304,7 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	}
 	if (file.p != NULL)
 		s->watched[WATCHED_KEYS].loaded = s->watched[WATCHED_KEYS].last = look_of(&file.st);
+	s->watched[WATCHED_KEYS].again_ns = 0;
 	struct slice text = {file.p == NULL ? "" : file.p, file.n};
 	struct keys_map *map = supervisor_parse(s, text, bad, &size, &fd);
 	if (map != NULL && file.p != NULL)
@@ -8498,7 +8510,7 @@ upgrade_expose(const struct supervisor *s, bool shown)
 }
 
 /* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own and the sandbox is closed, and
- * `pid:control:slot:row` of each child. */
+ * `pid:control:slot:-1` of each child; in older versions a row of the shared table stood last. */
 static bool
 upgrade_environment(const struct supervisor *s)
 {
@@ -8510,7 +8522,7 @@ upgrade_environment(const struct supervisor *s)
 		out_print(&o, "%d ", s->shared[i]);
 	out_print(&o, "%d %d", s->bound, s->closed);
 	for (const struct child *child = s->child; child < s->child + s->children; child++)
-		out_print(&o, " %d:%d:%d", child->pid, child->control, child->slot);
+		out_print(&o, " %d:%d:%d:-1", child->pid, child->control, child->slot);
 	text[o.n] = '\0';
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
 	text_print(number, sizeof number, "%u", s->listeners);

@@ -488,7 +488,7 @@ struct worker {
 	char *scratch[2][2];         /* per direction: one that bytes are read into, one to build a head in */
 	uint64_t now_ns;             /* CLOCK_MONOTONIC, read once a turn */
 	uint64_t wall_ms;            /* CLOCK_REALTIME, likewise; for the log only */
-	uint64_t turn;               /* its number */
+	uint64_t turn, signed_turn;  /* its number; the last in which a handshake had costly work done */
 	uint64_t sweep_ns;           /* no deadline lies before this */
 	uint64_t accept_ns;          /* no accepting before this */
 	uint64_t drain_ns;           /* when draining: the end of it */

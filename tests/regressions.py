@@ -547,6 +547,22 @@ def test_no_key_stays_in_memory(lab):
             same([client.read().status for _ in statuses], statuses, "statuses")
         pids = [tinyauth.process.pid, *tinyauth.workers()]
         same(secret_in(pids, secret), [], f"where the key still stands after {len(text)} bytes, statuses {set(statuses)}")
+    closing = request("GET", "/t/echo", "Connection: close", key=secret)
+    with contextlib.closing(tinyauth.connect()) as client:
+        client.send(closing)
+        same(client.read().status, 200, "status")
+        client.send(one)                # while it lingers
+        same(client.end() in ("eof", "reset"), True, "end")
+    same(secret_in(pids, secret), [], "where the key stands after a request behind the last answer")
+    limited = lab.tinyauth("--ip-conns", "1")
+    limited.expect("event=turned_away")
+    first, more = limited.connect(), limited.connect()
+    with frozen(limited.workers()):
+        third = limited.connect()
+        third.send(one)
+    same((first.ask("GET", "/t/echo").status, third.read().status), (200, 429), "statuses of the first and one too many")
+    same(secret_in(limited.workers(), secret), [], "where the key stands after a refused connection")
+    more.close()
     client = tinyauth.connect()
     client.send(one[:-2])
     until(lambda: secret_in(tinyauth.workers(), secret), "half a head in a buffer")

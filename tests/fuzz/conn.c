@@ -569,7 +569,7 @@ check_given_back(void)
 int
 LLVMFuzzerInitialize(int *argc, char ***argv)
 {
-	struct complaints bad = {-1, "", 0};
+	struct complaints bad = {.to = -1, .file = ""};
 	struct text file = {NULL, 0, 0};
 	size_t size;
 	int fd;

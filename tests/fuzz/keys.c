@@ -180,7 +180,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 	char *block = exact(in, 0, 0), *said;
 	size_t said_n;
 	int to = memfd_create("said", MFD_CLOEXEC);
-	struct complaints bad = {to, "FILE", 0};
+	struct complaints bad = {.to = to, .file = "FILE"};
 	uint64_t generation = map->generation;
 	struct key key;
 

@@ -2,6 +2,7 @@
 
 import os
 import select
+import socket
 import ssl
 import struct
 import time
@@ -278,18 +279,27 @@ def test_flood_of_handshakes_that_stop(lab):
 
 def test_handshakes_that_come_at_once(lab):
     """A client that is served has its answer before most of many handshakes, which all came before, were worked on."""
-    tinyauth = serve(lab, "--ip-conns", "1000")
-    tinyauth.expect("event=tls_failed")
-    client = connect(tinyauth)
-    same(client.ask("GET", "/health").status, 200, "status")
-    socks = [raw_connect(tinyauth) for _ in range(100)]
-    with frozen(tinyauth.workers()):
-        for sock in socks:
-            sock.sendall(hello.record(22, HELLO))
-        client.send(last_request())
-    same(client.read().status, 200, "status beside them")
-    answered = len(select.select(socks, [], [], 0)[0])
-    assert answered < 50, f"{answered} of 100 handshakes went first"
+    for early, head in ((True, b""), (False, b""), (True, b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")):
+        tinyauth = serve(lab, "--ip-conns", "1000", *(["--trust", "127.0.0.2"] if head else []))
+        tinyauth.expect("event=tls_failed")
+        client = connect(tinyauth)
+        same(client.ask("GET", "/health").status, 200, "status")
+        opened = [connection(tinyauth, head) for _ in range(100 * early)]
+        with frozen(tinyauth.workers()):
+            socks = opened or [connection(tinyauth, head) for _ in range(100)]
+            for sock in socks:
+                sock.sendall(head + hello.record(22, HELLO))
+            client.send(last_request())
+        same(client.read().status, 200, "status beside them")
+        answered = len(select.select(socks, [], [], 0)[0])
+        assert answered < 50, f"{answered} of 100 handshakes went first; opened before: {early}, behind {head}"
+
+
+def connection(tinyauth, head):
+    """One from an address of its own when it will begin with a PROXY header."""
+    sock = socket.create_connection(tinyauth.address, 10, ("127.0.0.2" if head else "127.0.0.1", 0))
+    tinyauth.clients.append(sock)
+    return sock
 
 
 def served(tinyauth):
