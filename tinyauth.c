@@ -8510,7 +8510,7 @@ upgrade_expose(const struct supervisor *s, bool shown)
 }
 
 /* TINYAUTH_HANDOVER: the mappings' descriptors, whether the listeners are our own and the sandbox is closed, and
- * `pid:control:slot:-1` of each child; in older versions a row of the shared table stood last. */
+ * `pid:control:slot:state` of each child; -2: it drains, -1: it serves. In older versions the last was a row or -1. */
 static bool
 upgrade_environment(const struct supervisor *s)
 {
@@ -8522,7 +8522,7 @@ upgrade_environment(const struct supervisor *s)
 		out_print(&o, "%d ", s->shared[i]);
 	out_print(&o, "%d %d", s->bound, s->closed);
 	for (const struct child *child = s->child; child < s->child + s->children; child++)
-		out_print(&o, " %d:%d:%d:-1", child->pid, child->control, child->slot);
+		out_print(&o, " %d:%d:%d:%d", child->pid, child->control, child->slot, child->draining ? -2 : -1);
 	text[o.n] = '\0';
 	bool set = setenv("TINYAUTH_HANDOVER", text, 1) == 0;
 	text_print(number, sizeof number, "%u", s->listeners);
@@ -8632,6 +8632,7 @@ supervisor_inherit(struct supervisor *s)
 		child->pid = (int)strtol(text, &text, 10);
 		child->control = (int)strtol(text + 1, &text, 10);
 		child->slot = (int)strtol(text + 1, &text, 10);
+		child->draining = *text == ':' && strtol(text + 1, NULL, 10) == -2;
 		text += strcspn(text, " ");          /* another version may say more */
 		fcntl(child->control, F_SETFD, FD_CLOEXEC);
 	}

@@ -4389,7 +4389,7 @@ test_supervisor_hands_over(void)
 	old->bound = true;
 	old->listeners = 2;
 	old->child[0] = (struct child){.pid = 11, .control = 100, .slot = 1, .generation = 7};
-	old->child[1] = (struct child){.pid = 12, .control = 101, .slot = 0};
+	old->child[1] = (struct child){.pid = 12, .control = 101, .slot = 0, .draining = true};
 	old->children = 2;
 	CHECK(upgrade_environment(old) && text_is(getenv("LISTEN_FDS"), "2"));
 	supervisor_inherit(new);
@@ -4399,6 +4399,7 @@ test_supervisor_hands_over(void)
 	CHECK(new->child[0].pid == 11 && new->child[0].control == 100 && new->child[0].slot == 1);
 	CHECK(new->child[1].pid == 12 && new->child[1].control == 101 && new->child[1].slot == 0 && new->children == 2);
 	CHECK(new->child[0].generation == 0 && new->child[1].generation == 0);
+	CHECK(!new->child[0].draining && new->child[1].draining);
 	setenv("TINYAUTH_HANDOVER", "-1 -1 -1 1 1 11:100:1:2 12:101:0:-1:more", 1);      /* of another version */
 	memset(new, 0, sizeof *new);
 	supervisor_inherit(new);
