@@ -5152,7 +5152,8 @@ link_handshake(struct link *l)
 	}
 }
 
-/* Changes when a handshake had costly work done: the answer to a ClientHello, the secret from a ClientKeyExchange. */
+/* The suite, above, and a part of the secret, below. One changes alone when a handshake had costly work done: the signature
+ * for a ClientHello, the secret from a ClientKeyExchange. Both at once: a session was resumed. */
 static unsigned
 link_stage(const struct link *l)
 {
@@ -6050,7 +6051,8 @@ step_tls(struct worker *w, struct conn *c)
 	unsigned stage = link_stage(&c->client);
 	ssize_t done = link_handshake(&c->client);
 
-	if (link_stage(&c->client) != stage)
+	stage ^= link_stage(&c->client);
+	if ((stage >> 16 != 0) != ((stage & 0xffff) != 0))
 		w->signed_turn = w->turn;
 	if (done == LINK_AGAIN)
 		return STEP_WAIT;
