@@ -490,7 +490,7 @@ def test_upstream_killed_and_restarted_under_load(lab):
     model = lab.model()
     tinyauth = lab.tinyauth(upstream=model.name, workers=2)
     base = descriptors(tinyauth.workers())
-    with under_load(tinyauth.address, clients=4) as load:
+    with under_load(tinyauth.address, clients=4, kinds=KINDS) as load:
         for _ in range(3):
             whole = load.whole
             until(lambda: load.whole > whole + 30, "answers while the model runs", 10)
