@@ -765,9 +765,9 @@ file_writable(const char *path)
 		errno = EISDIR;
 		return false;
 	}
-	if (access(path, W_OK) == 0 || errno != ENOENT)
-		return access(path, W_OK) == 0;
-	if (lstat(path, &st) == 0)           /* a link that leads nowhere */
+	if (access(path, W_OK) == 0)
+		return true;
+	if (errno != ENOENT || lstat(path, &st) == 0)   /* such as a link that leads nowhere */
 		return false;
 	int fd = directory_open(path);
 	bool good = fd >= 0 && faccessat(fd, ".", W_OK | X_OK, 0) == 0;
@@ -2076,6 +2076,12 @@ words_fit(int to)
 	return poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) != 0;
 }
 
+static bool
+complaints_heard(const struct complaints *c)
+{
+	return c->to >= 0 && (!c->hasty || words_fit(c->to));
+}
+
 __attribute__((format(printf, 3, 4))) static void
 complain(struct complaints *c, uint64_t line, const char *format, ...)
 {
@@ -2083,7 +2089,7 @@ complain(struct complaints *c, uint64_t line, const char *format, ...)
 	struct out o = {text, 0, sizeof text - 1, false};
 	va_list rest;
 
-	if (++c->n > KEYS_ERRORS_SHOWN || c->to < 0 || (c->hasty && !words_fit(c->to)))
+	if (++c->n > KEYS_ERRORS_SHOWN || !complaints_heard(c))
 		return;
 	out_print(&o, line > 0 ? "%s:%llu: " : "%s: ", c->file, (unsigned long long)line);
 	va_start(rest, format);
@@ -2098,7 +2104,7 @@ complain(struct complaints *c, uint64_t line, const char *format, ...)
 static void
 complaints_end(const struct complaints *c)
 {
-	if (c->to >= 0 && c->n > KEYS_ERRORS_SHOWN && (!c->hasty || words_fit(c->to)))
+	if (c->n > KEYS_ERRORS_SHOWN && complaints_heard(c))
 		say(c->to, "%s: and %llu more errors\n", c->file, (unsigned long long)(c->n - KEYS_ERRORS_SHOWN));
 }
 
@@ -7258,7 +7264,8 @@ name_answer(int from, const char *asked, struct addr found[UPSTREAM_ADDRS])
 	return good;
 }
 
-/* Looks up a name at start, where waiting is allowed. */
+/* Looks up a name at start, where waiting is allowed. `failure`: the exit status when it has no address; EXIT_SUCCESS: 0 is
+ * returned then. */
 static unsigned
 name_find(const char *text, const char *option, bool passive, struct addr found[UPSTREAM_ADDRS], int failure)
 {
@@ -8141,8 +8148,8 @@ child_run(const struct supervisor *s, int control)
 	exit(EXIT_SUCCESS);
 }
 
-/* A worker takes its place: those of older generations in it, or in one that is no more, drain. Workers of a binary that was
- * just started do so when the first of them says that it serves, so that one that cannot start does no harm. */
+/* A worker takes its place: those of older generations in it, or in one that is no more, drain. That is when it is started,
+ * but of a binary no worker of which has served yet when it says that it serves: one that cannot start does no harm. */
 static void
 supervisor_relieve(struct supervisor *s, const struct child *by)
 {
@@ -8342,7 +8349,7 @@ supervisor_keys(const struct supervisor *s)
 static void
 supervisor_reload_keys(struct supervisor *s)
 {
-	struct complaints bad = {STDERR_FILENO, true, config.keys != NULL ? config.keys : "TINYAUTH_KEY", 0};
+	struct complaints bad = {.to = STDERR_FILENO, .hasty = true, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
 
 	if (supervisor_publish(s, &bad))
 		log_keys_published(s->log, supervisor_keys(s));
@@ -8714,8 +8721,7 @@ supervisor_hear(struct supervisor *s)
 				else if (words[k] == 'S' && child->generation > 0) {
 					s->proven = true;
 					supervisor_relieve(s, child);
-				}
-				else if (words[k] == 'R' && s->resolver == 0)
+				} else if (words[k] == 'R' && s->resolver == 0)
 					s->resolve_ns = s->now_ns;
 			}
 	}
@@ -9168,7 +9174,7 @@ inetd_run(void)
 	w->keys = s->keys;
 	w->pair = pair_from_config(EX_CONFIG);
 	w->table = table_from_config(1, config.state != NULL ? INETD_ROWS : 1, table_fd);
-	w->row = table_row_take(w->table, config.state != NULL ? *table_fd : -1);
+	w->row = table_row_take(w->table, supervisor_state(s));
 	w->log = log_new_from_config();
 	w->log->off = mute && config.log == NULL;
 	if (config.state == NULL)

@@ -5731,6 +5731,24 @@ test_table_file_race(void)
 }
 
 static void
+test_supervisor_reads_again(void)
+{
+	/* A file that could not be read is read once more when it is time, though it did not change, and then no more. */
+	const char *path = test_path("watched");
+	int fd = open(path, O_WRONLY | O_CREAT, 0600);
+	struct watched file = {.path = NULL};
+
+	CHECK(fd >= 0);
+	watched_begin(&file, path);
+	CHECK(!watched_changed(&file, 100));
+	file.again_ns = 200;
+	CHECK(!watched_changed(&file, 199) && watched_changed(&file, 200) && !watched_changed(&file, 300));
+	close(fd);
+	unlink(path);
+	test_path_remove();
+}
+
+static void
 test_table_recover(void)
 {
 	/* Rows of a process that was killed are given back by the next one; those of a living one, and our own, are not. */
@@ -6247,7 +6265,7 @@ static const struct test {
 	TEST(worker_keeps_the_authenticated), TEST(worker_accepts), TEST(worker_patience), TEST(worker_control),
 	TEST(worker_drains), TEST(worker_parks), TEST(worker_cannot_watch), TEST(worker_queues_a_place_once), \
 	TEST(worker_without_a_door), TEST(supervisor_replace), TEST(supervisor_looks),
-	TEST(supervisor_hands_over), TEST(supervisor_older_layout), TEST(worker_stale_keys),
+	TEST(supervisor_reads_again), TEST(supervisor_hands_over), TEST(supervisor_older_layout), TEST(worker_stale_keys),
 	TEST(worker_partly_stale_keys), TEST(secret_make), TEST(edit_find),
 	/* small systems */
 	TEST(formats), TEST(formats_cut), TEST(mistakes_show_the_value), TEST(ip6_text), TEST(ip_text), TEST(files_read),
