@@ -37,9 +37,9 @@
  * What is tried against us, and what meets it:
  *
  *   requests that two parsers read differently      refused at the first byte that shows it, never repaired: HTTP
- *   smuggling through a framing disagreement        heads and chunk lines are written anew; an upstream connection serves
- *                                                   one client connection only
- *   a body behind a head that the server refuses    head_unsafe, head_hides_body
+ *   smuggling through a framing disagreement        heads and chunk lines are written anew; an upstream connection carries
+ *                                                   one request and says so: no next one is there to be smuggled
+ *   a body behind a head that the server refuses    head_unsafe: before it has seen `close`
  *   guessing keys                                   --ip-rate before any look at a key; digests compared in constant time
  *   slow heads, slow readers, idle connections      a deadline for every state: STATES
  *   slow bodies                                     STRETCH_BYTES in STRETCH_MS
@@ -2746,8 +2746,8 @@ static const struct field_name {
 #define NAME(text, id) {id, sizeof(text) - 1, text}
 	NAME("authorization", F_AUTHORIZATION), NAME("api-key", F_API_KEY), NAME("connection", F_CONNECTION),
 	NAME("content-length", F_CONTENT_LENGTH), NAME("expect", F_EXPECT), NAME("forwarded", F_FORWARDED), NAME("host", F_HOST),
-	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("proxy-", F_HOP), NAME("range", F_RANGE),
-	NAME("te", F_TE), NAME("trailer", F_HOP), NAME("transfer-encoding", F_TRANSFER_ENCODING),
+	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("proxy-", F_HOP),
+	NAME("te", F_HOP), NAME("trailer", F_HOP), NAME("transfer-encoding", F_TRANSFER_ENCODING),
 	NAME("true-client-ip", F_FORWARDED), NAME("upgrade", F_UPGRADE), NAME("x-api-key", F_X_API_KEY),
 	NAME("x-client-ip", F_FORWARDED), NAME("x-cluster-client-ip", F_FORWARDED), NAME("x-forwarded-", F_FORWARDED),
 	NAME("x-real-ip", F_FORWARDED), NAME("x-request-id", F_X_REQUEST_ID),
@@ -3274,14 +3274,8 @@ field_request(struct head *h, const struct field *f)
 	case F_UPGRADE:
 		h->upgrade_websocket = slice_like(f->value, S("websocket"));
 		return 1;
-	case F_TE:
-		h->te_trailers = slice_like(f->value, S("trailers"));
-		return 1;
 	case F_X_REQUEST_ID:
 		h->request_id = f->value;
-		return 1;
-	case F_RANGE:
-		h->has_range = true;
 		return 1;
 	default:
 		return 1;
@@ -3671,14 +3665,13 @@ struct forward {
 	struct slice proto;          /* http or https */
 	struct slice id;             /* X-Request-Id */
 	bool upgrade;
-	bool close;                  /* the upstream connection serves this request only */
 };
 
 /* Passed on: what is nobody's business but the model's. Never a credential, never what we set ourselves. */
 static bool
 head_passes(const struct head *h, const struct field *f)
 {
-	return (f->id == F_OTHER || f->id == F_RANGE) && !head_option_names(h, f->name);
+	return f->id == F_OTHER && !head_option_names(h, f->name);
 }
 
 static bool
@@ -3705,15 +3698,8 @@ head_wants_length(const struct head *h)
 	return head_method_among(h, METHODS, LENGTH(METHODS));
 }
 
-/* A body that some servers take for the next request: it goes on a connection where there is none. */
-static bool
-head_hides_body(const struct head *h)
-{
-	return head_has_body(h) && (h->has_range || !head_wants_length(h));
-}
-
-/* Would a parser behind us stop at this head, and take its body for the next request? The smallest limits are those of
- * cpp-httplib, which serves llama-server. 0, or the status of the refusal with h->why. */
+/* Would a parser behind us stop at this head before it has seen `Connection: close`, and take its body for the next request?
+ * The smallest limits are those of cpp-httplib, which serves llama-server. 0, or the status of the refusal with h->why. */
 static int
 head_unsafe(struct head *h)
 {
@@ -3739,7 +3725,8 @@ head_unsafe(struct head *h)
 	return fields > FIELDS_MAX ? -head_bad(h, 431, "a request with a body has more than 88 fields") : 0;
 }
 
-/* Writes the request head anew for the upstream. [r20] */
+/* Writes the request head anew for the upstream, which is to end the connection with its answer: `close` stands alone, since
+ * some servers know no list there. [r20] */
 static void
 head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 {
@@ -3759,14 +3746,7 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 		put_length(o, h->length);
 	if (h->expect_continue && h->minor == 1)
 		put_field(o, S("Expect"), S("100-continue"));
-	if (h->te_trailers && !to->close)
-		put_field(o, S("TE"), S("trailers"));
-	if (to->upgrade)
-		out_text(o, "Upgrade: websocket\r\nConnection: upgrade\r\n");
-	else if (to->close)
-		put_field(o, S("Connection"), S("close"));
-	else if (h->te_trailers)
-		out_text(o, "Connection: TE\r\n");
+	out_text(o, to->upgrade ? "Upgrade: websocket\r\nConnection: upgrade\r\n" : "Connection: close\r\n");
 	put_field(o, S("X-Real-IP"), to->addr);
 	put_field(o, S("X-Forwarded-For"), to->addr);
 	put_field(o, S("X-Forwarded-Proto"), to->proto);
@@ -3829,7 +3809,7 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 	out_bytes(o, "\r\n", 2);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
-		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
+		bool ours = f->id == F_HOP || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
 		            f->id == F_CONNECTION || f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
 		if (!ours && !head_option_names(h, f->name))
 			put_field(o, f->name, f->value);
@@ -5288,14 +5268,6 @@ link_connect(struct link *l, const struct addr *to)
 	return 0;
 }
 
-/* Has the other side ended, or said something that nobody asked for? Of plain links only. */
-static bool
-link_spent(const struct link *l)
-{
-	char byte;
-
-	return recv(l->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 || errno != EAGAIN;
-}
 
 /* Says that nothing more will be sent: close_notify, then the end. A blocked link has to be shut again later. */
 static void
@@ -5350,7 +5322,7 @@ link_close(struct link *l, bool reset)
  * Owns: one client connection: state table, two one-way pipes, admission, the end
  * Calls: BASICS, LOG, CONFIG (addresses, trusted networks, digests), KEYS, TABLE, HTTP, LINK
  * Promises: no byte goes upstream before conn_admit() said yes to the request that it belongs to; an upstream connection
- *           serves one client connection and dies with it
+ *           carries that one request and ends with it
  * Never: closes anything outside conn_close() but its own upstream link
  * ============================================================================================================= */
 
@@ -5367,7 +5339,6 @@ pipe_empty(struct pipe *p)
 {
 	p->mem = NULL;
 	p->start = p->ready = p->raw = p->end = SLACK;
-	p->keep = false;
 }
 
 /* Forgets what the pipe holds. */
@@ -5386,15 +5357,13 @@ pipe_drop(struct worker *w, struct pipe *p)
 static void
 pipe_settle(struct worker *w, struct pipe *p)
 {
-	uint32_t from = p->keep ? p->kept : p->start;
-
 	if (p->mem == NULL)
 		return;
-	if (from == p->ready && p->raw == p->end)
+	if (p->start == p->ready && p->raw == p->end)
 		pipe_drop(w, p);
 	else if (pipe_on_scratch(w, p)) {
 		char *buf = pool_take(&w->bufs);
-		memcpy(buf + from, p->mem + from, p->end - from);
+		memcpy(buf + p->start, p->mem + p->start, p->end - p->start);
 		wipe(p->mem + p->raw, p->end - p->raw);      /* a head that is not whole, or the next one's, with its key */
 		p->mem = buf;
 	}
@@ -5418,7 +5387,7 @@ pipe_fill(struct worker *w, struct pipe *p, struct link *from)
 {
 	if (p->mem == NULL)
 		p->mem = w->scratch[p->side][0];
-	if (p->raw == p->end && !pipe_waits(p) && !p->keep)
+	if (p->raw == p->end && !pipe_waits(p))
 		p->start = p->ready = p->raw = p->end = SLACK;
 	if (p->raw > SLACK && p->end - SLACK > RAW_MAX - RAW_MAX / 4) {
 		uint32_t rest = p->end - p->raw, stale = rest < p->raw - SLACK ? rest : p->raw - SLACK;
@@ -5445,7 +5414,7 @@ pipe_run(struct pipe *p)
 		return false;
 	p->raw += (uint32_t)used;
 	p->in += (uint64_t)used;
-	if (!pipe_waits(p) && !p->keep)
+	if (!pipe_waits(p))
 		p->start = p->ready = (uint32_t)(out - p->mem);
 	else if (out != p->mem + p->ready)
 		memmove(p->mem + p->ready, out, n);
@@ -5487,7 +5456,7 @@ pipe_built(struct worker *w, struct pipe *p, const struct out *o)
 	struct pipe old = *p;
 
 	p->mem = mem;
-	p->start = p->kept = SLACK;
+	p->start = SLACK;
 	p->ready = SLACK + (uint32_t)o->n;
 	p->raw = p->ready + SLACK;
 	p->end = p->raw + rest;
@@ -5532,7 +5501,6 @@ pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
 			return MOVE_DONE;
 		if (reads == MOVES_MAX || !link_readable(from))
 			return MOVE_WAIT;
-		p->keep = false;     /* a request whose body still comes cannot be sent once more */
 		ssize_t n = pipe_fill(w, p, from);
 		if (n == LINK_AGAIN)
 			return MOVE_WAIT;
@@ -5613,7 +5581,7 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 		*client |= resp_waits ? POLLOUT : 0;
 		*client |= !req_waits && !c->req.body.done && !c->req.broken ? POLLIN : 0;
 		*client |= c->req.body.done && link_looks_ahead(&c->client) ? POLLIN : 0;
-		*upstream = resp_waits ? 0 : POLLIN;
+		*upstream = resp_waits ? 0 : POLLIN | POLLRDHUP;
 		*upstream |= req_waits && !c->req.broken ? POLLOUT : 0;
 		break;
 	case S_TUNNEL:
@@ -5630,6 +5598,30 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 	}
 }
 
+/* Is there an upstream connection that carried its request, and only waits for its end? */
+static bool
+conn_spent(const struct conn *c)
+{
+	return c->request == NULL && c->upstream.fd >= 0;
+}
+
+/* The upstream connection is over. An end that is ours to make is a reset: nobody waits for bytes of it, no port is held for a
+ * minute, and a server that still works for it hears so at once. A tunnel's last words may still be on their way. */
+static void
+conn_leave_upstream(struct conn *c)
+{
+	bool ended = (c->upstream.seen & (POLLIN | SEEN_GONE)) != 0;
+
+	link_close(&c->upstream, !ended && c->state != S_TUNNEL);
+}
+
+static void
+conn_hasten(struct conn *c, uint64_t deadline_ns)
+{
+	if (c->deadline_ns > deadline_ns)
+		c->deadline_ns = deadline_ns;
+}
+
 /* The deadline of the state begins anew: it was entered, or bytes moved. A request body has a second one, the end of the
  * stretch of time in which it has to make its way. */
 static void
@@ -5640,8 +5632,10 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
-	if (w->stopping && c->state == S_IDLE && c->deadline_ns > w->now_ns + STOP_IDLE_MS * NS_PER_MS)
-		c->deadline_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
+	if (w->stopping && c->state == S_IDLE)
+		conn_hasten(c, w->now_ns + STOP_IDLE_MS * NS_PER_MS);
+	if (conn_spent(c))
+		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
 	if (c->state == S_SEND) {
 		c->request->idle_ns = c->deadline_ns;
 		if (c->request->stretch_ns < c->deadline_ns)
@@ -5790,8 +5784,7 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 		memcpy(r->path, h->path.p, r->path_len);
 	request_id(w, r, h->request_id);
 	r->head_method = slice_equal(h->method, S("HEAD"));
-	r->safe_again = r->head_method || slice_equal(h->method, S("GET")) || slice_equal(h->method, S("OPTIONS")) ||
-	                slice_equal(h->method, S("PUT")) || slice_equal(h->method, S("DELETE"));
+
 	c->req.body = head_body(h);
 	r->close = h->close || (h->minor == 0 && !h->keep_alive) || w->draining;
 	r->expects = h->expect_continue && !c->req.body.done;
@@ -5849,18 +5842,19 @@ request_abandon(struct worker *w, struct conn *c, enum reason reason)
 	return STEP_CLOSE;
 }
 
-/* After a whole answer: the next request, or the end, which lingers. [r21] */
+/* After a whole answer: the next request, or the end, which lingers. The upstream was told to end its connection: where it has
+ * not yet, that is waited for meanwhile, since who ends first holds the port for a minute. [r21, r27] */
 static enum step
 request_next(struct worker *w, struct conn *c, bool close_it)
 {
-	c->upstream_turn = w->turn;
+	if (c->upstream.seen & (POLLIN | SEEN_GONE))
+		conn_leave_upstream(c);
 	if (!close_it) {
 		if (c->req.raw == c->req.end)
 			link_rest(&c->client);
 		conn_enter(w, c, S_IDLE);
 		return c->req.raw < c->req.end ? STEP_AGAIN : STEP_WAIT;
 	}
-	link_close(&c->upstream, false);
 	pipe_drop(w, &c->req);
 	link_shut(&c->client);
 	conn_enter(w, c, S_LINGER);
@@ -5873,7 +5867,6 @@ request_swallow(struct conn *c)
 {
 	struct pipe *p = &c->req;
 
-	p->keep = false;
 	p->start = p->ready;
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return false;
@@ -5917,7 +5910,7 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 static enum step
 conn_refuse_upstream(struct worker *w, struct conn *c, enum reason reason)
 {
-	link_close(&c->upstream, false);
+	conn_leave_upstream(c);
 	c->request->detail = config.upstream.text;
 	return conn_refuse(w, c, reason);
 }
@@ -5942,6 +5935,8 @@ step_linger(struct worker *w, struct conn *c)
 	char *waste = w->scratch[0][0];
 	ssize_t n = LINK_AGAIN;
 
+	if (c->upstream.seen != 0)
+		conn_leave_upstream(c);
 	if (c->client.blocked)
 		link_shut(&c->client);
 	if (link_piped(&c->client))
@@ -6144,7 +6139,7 @@ conn_connect(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 
-	link_close(&c->upstream, false);
+	conn_leave_upstream(c);
 	for (; r->address < config.upstream.addrs; r->address++) {
 		w->connect_failed |= r->address > 0;
 		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0) {
@@ -6160,14 +6155,6 @@ conn_connect(struct worker *w, struct conn *c)
 	return conn_refuse_upstream(w, c, R_UPSTREAM_REFUSED);
 }
 
-/* Is the connection of the last request still good? Poll looked at it in this turn, unless it was used in this turn. */
-static bool
-conn_upstream_good(const struct worker *w, const struct conn *c)
-{
-	if (c->upstream.fd < 0 || c->upstream.seen != 0)
-		return false;
-	return c->upstream_turn != w->turn || !link_spent(&c->upstream);
-}
 
 /* An admitted request: its head is written anew and goes to the upstream. */
 static enum step
@@ -6177,10 +6164,9 @@ conn_forward(struct worker *w, struct conn *c)
 	struct out o = pipe_build(w, &c->req);
 	bool https = c->client.tls != NULL || (c->trusted && head_forwarded_https(&w->head));
 	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = https ? S("https") : S("http"),
-	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head), .close = head_hides_body(&w->head)};
+	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head)};
 
 	r->upgrade = to.upgrade;
-	r->upstream_close = to.close;
 	head_rewrite(&w->head, &to, &o);
 	if (o.full) {
 		r->detail = "the head is too long to be passed on";
@@ -6188,12 +6174,7 @@ conn_forward(struct worker *w, struct conn *c)
 		return conn_refuse(w, c, R_HEAD_LONG);
 	}
 	pipe_built(w, &c->req, &o);
-	if (!conn_upstream_good(w, c))
-		return conn_connect(w, c);
-	r->reused = r->connected = true;
-	c->req.keep = r->safe_again;
-	conn_enter(w, c, S_SEND);
-	return STEP_AGAIN;
+	return conn_connect(w, c);
 }
 
 /* S_OPEN, S_IDLE and S_HEAD: until a head is whole. */
@@ -6202,8 +6183,8 @@ step_head(struct worker *w, struct conn *c)
 {
 	int n = MORE;
 
-	if (c->upstream.fd >= 0 && c->upstream.seen != 0)
-		link_close(&c->upstream, false);   /* it ended, or said something unasked [r26] */
+	if (c->upstream.seen != 0)
+		conn_leave_upstream(c);            /* it ended, or said something unasked [r26] */
 	if (c->req.raw < c->req.end)
 		n = head_parse(&w->head, pipe_raw(&c->req));
 	if (n < 0 && head_is_tls(pipe_raw(&c->req)))
@@ -6256,32 +6237,16 @@ step_connect(struct worker *w, struct conn *c)
 		return request_abandon(w, c, left);
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
-	if (pipe_flush(p, &c->upstream) < 0) {
-		if (p->out > before)
-			return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
+	if (pipe_flush(p, &c->upstream) < 0 && p->out == before) {
 		c->request->address++;
 		return conn_connect(w, c);
 	}
 	if (p->out == before)
 		return STEP_WAIT;
 	c->request->connected = true;
+	request_stretch(w, c);
 	conn_enter(w, c, S_SEND);
 	return STEP_AGAIN;
-}
-
-/* The upstream ended before it said anything. Sent once more when that cannot do harm twice [RFC 9110 9.2.2]. [r27] */
-static enum step
-conn_upstream_died(struct worker *w, struct conn *c)
-{
-	struct request *r = c->request;
-
-	if (!r->reused || !c->req.keep || c->resp.raw < c->resp.end || r->interim > 0)
-		return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
-	r->reused = false;
-	c->req.start = c->req.kept;
-	c->req.keep = c->req.broken = false;
-	pipe_drop(w, &c->resp);
-	return conn_connect(w, c);
 }
 
 /* After the answer head went out there is no other way to say that something is wrong than to cut. A close-delimited
@@ -6361,7 +6326,6 @@ relay_tunnel(struct worker *w, struct conn *c)
 	answer_rewrite(&w->head, &bytes, r->minor, S("upgrade"), (struct slice){r->id, r->id_len}, &o);
 	pipe_built(w, &c->resp, &o);
 	c->req.body = c->resp.body = bytes;
-	c->req.keep = false;
 	conn_enter(w, c, S_TUNNEL);
 	return STEP_AGAIN;
 }
@@ -6378,10 +6342,8 @@ relay_final(struct worker *w, struct conn *c)
 	b.form = (uint8_t)answer_form(&b, r->minor);
 	r->status = (uint16_t)h->status;
 	r->first_ns = w->now_ns;
-	r->upstream_close |= h->close || h->minor == 0 || b.kind == BODY_CLOSE;
-	if (!c->req.body.done && (c->req.broken || r->upstream_close))
-		r->close = true;
-	if (w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
+	/* an answer that comes before the request's body is whole ends both connections [r30] */
+	if (!c->req.body.done || w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
 		r->close = true;
 	struct slice connection = r->close ? S("close") : r->minor == 0 ? S("keep-alive") : S("");
 	answer_rewrite(h, &b, r->minor, connection, (struct slice){r->id, r->id_len}, &o);
@@ -6389,7 +6351,6 @@ relay_final(struct worker *w, struct conn *c)
 		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
 	pipe_built(w, &c->resp, &o);
 	c->resp.body = b;
-	c->req.keep = false;
 	conn_enter(w, c, S_RELAY);
 	return STEP_AGAIN;
 }
@@ -6414,7 +6375,7 @@ relay_answer_head(struct worker *w, struct conn *c)
 		if (got == LINK_AGAIN)
 			return STEP_WAIT;
 		if (got == LINK_END || got == LINK_FAILED)
-			return conn_upstream_died(w, c);
+			return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
 	}
 	if (n == MORE)
 		return STEP_WAIT;
@@ -6426,22 +6387,15 @@ relay_answer_head(struct worker *w, struct conn *c)
 	return w->head.status < 200 ? relay_interim(w, c) : relay_final(w, c);
 }
 
-/* The answer is whole. A request whose body is not goes on while the upstream takes it. [r30] */
+/* The answer is whole, and with it the upstream connection is over: what of the request is still on its way there, and what came
+ * behind the answer, is nobody's. [r26, r30] */
 static enum step
 relay_done(struct worker *w, struct conn *c)
 {
-	struct request *r = c->request;
-	bool request_whole = c->req.body.done && !pipe_waits(&c->req);
+	bool close_it = c->request->close;
 
-	if (!request_whole) {
-		if (!c->req.broken && !r->upstream_close && !(c->upstream.seen & SEEN_READ))
-			return STEP_WAIT;
-		r->close = r->upstream_close = true;
-	}
-	if (r->upstream_close || c->resp.raw < c->resp.end)   /* bytes that nobody asked for [r26] */
-		link_close(&c->upstream, false);
+	c->req.start = c->req.ready;
 	pipe_drop(w, &c->resp);
-	bool close_it = r->close;
 	request_end(w, c, R_NONE);
 	return request_next(w, c, close_it);
 }
@@ -6504,9 +6458,8 @@ step_tunnel(struct worker *w, struct conn *c)
 	if (up == MOVE_WAIT && down == MOVE_WAIT)
 		return STEP_WAIT;
 	request_end(w, c, R_NONE);
-	if (down != MOVE_DONE)
-		return STEP_CLOSE;
-	return request_next(w, c, true);
+	conn_leave_upstream(c);
+	return down == MOVE_DONE ? request_next(w, c, true) : STEP_CLOSE;
 }
 
 /* ---- the whole connection ------------------------------------------------------------------------------------ */
@@ -6518,7 +6471,7 @@ conn_close(struct worker *w, struct conn *c)
 	if ((c->state == S_IDLE || c->state == S_OPEN) && c->client.tls != NULL)
 		link_shut(&c->client);       /* nothing is cut by this end, and TLS says so */
 	link_close(&c->client, c->reset);
-	link_close(&c->upstream, false);
+	conn_leave_upstream(c);
 	pipe_drop(w, &c->req);
 	pipe_drop(w, &c->resp);
 	waiting_remove(c);
@@ -6658,8 +6611,13 @@ static void
 conn_late(struct worker *w, struct conn *c)
 {
 	const struct state_row *row = &STATES[c->state];
-	enum step step = row->late(w, c, row->reason);
 
+	if (conn_spent(c)) {                 /* an upstream that does not end as it was told to: the time of the state begins now */
+		conn_leave_upstream(c);
+		conn_touch(w, c);
+		return;
+	}
+	enum step step = row->late(w, c, row->reason);
 	if (step == STEP_CLOSE)
 		conn_end(w, c, row->reason);
 	else if (step == STEP_AGAIN)
