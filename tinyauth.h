@@ -511,6 +511,7 @@ struct child {
 	int slot;                    /* number among the workers of its generation */
 	unsigned generation;         /* 0: of the binary before */
 	unsigned pings;              /* that it did not answer yet */
+	int call;                    /* that ended it, as it told last; 0: none */
 	bool draining;
 	uint64_t born_ns;
 };
@@ -519,6 +520,9 @@ enum watched_file { WATCHED_KEYS, WATCHED_TLS_CERT, WATCHED_TLS_KEY, WATCHED_COU
 
 /* Parts of the sandbox. */
 enum { WALL_USER = 1, WALL_ROOT = 2, WALL_PRIVILEGES = 4, WALL_SECCOMP = 8, WALL_FILES = 16, WALL_CONNECT = 32 };
+
+/* How a process ends that made a call which none of ours ever makes. */
+enum { STATUS_TRAPPED = 128 + 31 };
 
 /* Mappings that workers share. */
 enum { SHARED_KEYS, SHARED_TABLE, SHARED_SESSIONS, SHARED_COUNT };
