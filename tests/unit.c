@@ -6097,6 +6097,29 @@ test_sandbox_landlock(void)
 }
 
 static void
+test_entropy_missing(void)
+{
+	/* A TLS link that gets no random bytes is refused, and says so; with them the same one begins. */
+	struct filter_step step[8];
+	struct filter f = {0, step};
+	struct link l = {.fd = -1};
+	char text[32];
+	struct tls_pair *pair = map_new(sizeof *pair, MAP_PRIVATE);
+	struct tls *home = tls_new(pair, NULL, 2);
+
+	CHECK(link_secure(&l, home));
+	filter_add(&f, LOAD_WORD, 0, 0, OFFSET_NUMBER);
+	filter_add(&f, IF_EQUAL, 0, 1, SYS_getrandom);
+	filter_add(&f, RETURN, 0, 0, 0x00050000u | EIO);
+	filter_add(&f, RETURN, 0, 0, ALLOW);
+	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(SET_SECCOMP, MODE_FILTER, &f) != 0) {
+		printf("skipped the rest of %s: no seccomp here\n", test_name);
+		return;
+	}
+	CHECK(!link_secure(&l, home) && strcmp(link_error(&l, text), "no_random") == 0);
+}
+
+static void
 test_sandbox_user(void)
 {
 	/* Root becomes the user for good, with no group of its own left; root as that user is refused. */
@@ -6218,7 +6241,7 @@ test_sandbox_calls_table(void)
 			CHECK(all[i].number != all[k].number || !(all[i].roles & all[k].roles));
 	CHECK(LENGTH(CALLS) < 255 && LENGTH(NEVER) < 255 && FILTER_MAX < 4096);
 }
-#define SANDBOX_TESTS TEST(sandbox_calls), TEST(sandbox_tells), TEST(sandbox_rehearsal), TEST(sandbox_holds), TEST(sandbox_serves), TEST(sandbox_connects_upstream_only), \
+#define SANDBOX_TESTS TEST(sandbox_calls), TEST(sandbox_tells), TEST(sandbox_rehearsal), TEST(entropy_missing), TEST(sandbox_holds), TEST(sandbox_serves), TEST(sandbox_connects_upstream_only), \
 	TEST(sandbox_other_sockets), TEST(sandbox_landlock), TEST(sandbox_user), TEST(sandbox_resolver), \
 	TEST(sandbox_supervisor), TEST(sandbox_calls_table),
 #undef CASE
