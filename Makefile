@@ -4,8 +4,8 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-releases | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install |
-#      uninstall | clean
+#      test-cross | test-releases | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse |
+#      lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -84,8 +84,10 @@ test-inetd: tinyauth
 test-openrc: tinyauth
 	python3 tests/openrc/run.py
 
+# SUITE is the Debian whose systemd it is: bookworm has 252, trixie 257.
+SUITE ?= bookworm
 test-systemd: tinyauth
-	bash tests/systemd/run.sh
+	bash tests/systemd/run.sh --suite $(SUITE)
 
 test-image: tinyauth
 	bash tests/image/run.sh
@@ -204,4 +206,5 @@ clean:
 	rm -rf tinyauth build
 
 .PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-releases test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean force
+	test-cross test-releases test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean \
+	force

@@ -84,6 +84,7 @@ one() {
     rm -rf --one-file-system "$root"
 }
 
+# shellcheck disable=SC2016 # README's own words
 mapfile -t commands < <(sed -n 's/^    \(\$(which sudo) apt-get .*\)/\1/p' "$project/README.md")
 if [ ${#commands[@]} -ne 2 ]; then
     echo "FAILED  README.md has ${#commands[@]} commands for Debian, not two"
