@@ -139,7 +139,7 @@ GOALS = [
     Goal("KB an idle kept-alive connection", "idle_memory", "", False, 0.5),
     Goal("KB a stream", "stream_memory", "", False, 8),
     Goal("anonymous memory at rest", "rest_memory", "nginx", False, 0.1),
-    Goal("KB of the stripped binary", "binary_size", "", False, 200),
+    Goal("KB of the stripped binary", "binary_size", "", False, 256),
     Goal("ms from exec to the first answer, 1,000 keys", "start1000", "", False, 5),
     Goal("ms from exec to the first answer, 1,000 keys, TLS", "tlsstart1000", "", False, 10),
     Goal("ms of -i from exec to the first byte, 1,000 keys", "inetd1000", "", False, 3),
