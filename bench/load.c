@@ -12,7 +12,8 @@
  *     -p PORT    of 127.0.0.1                     -c N       connections at once (1)
  *     -P PATH    request target (/api/tags)       -s SECONDS to measure (1)
  *     -K KEY     bearer key                       -w SECONDS of warm-up (0.2)
- *     -b BYTES   of request body: a POST          -x STATUS  expected (200)
+ *     -b BYTES   of request body: a POST, of a    -x STATUS  expected (200)
+ *                chat completion up to 4 KB
  *     -n         a new connection a request       -t 1.2|1.3 TLS of this version
  *     -r         resume TLS sessions              -H         stay
  *     -C PIDS    processes whose CPU time is told, separated by commas
@@ -48,7 +49,9 @@
 enum {
 	PIDS_MAX = 64,
 	READY_MAX = 256,
-	TEXT_MAX = 8192,             /* bytes of a request head */
+	TEXT_MAX = 8192,             /* bytes of a request head, and of a body that goes with it in one write */
+	STREAM_BODY = 100,           /* bytes of the request for a stream */
+	CHAT_MAX = 4096,             /* bytes of a body that is a chat completion; a longer one is zeros */
 	KEEP_MAX = 16384,            /* bytes of an answer's head, or of an event that is not whole yet */
 	PIECE = 256 << 10,           /* bytes read or written at once */
 	SOURCES = 8,                 /* source addresses from 127.0.1.1 on: more pairs of ports than one has */
@@ -667,24 +670,44 @@ stay(void)
 		;
 }
 
+/* A chat completion of `n` bytes, its question as long as it takes. */
+static void
+make_chat(char *p, size_t n, bool streams)
+{
+	static const char end[] = "\"}]}";
+	int begin = snprintf(p, CHAT_MAX + 1, "{\"model\":\"tiny\",\"stream\":%s,\"messages\":[{\"role\":\"user\",\"content\":\"Hi",
+	                     streams ? "true" : "false");
+
+	if (n > CHAT_MAX || n < (size_t)begin + sizeof end - 1)
+		die_plain("no chat completion has this length");
+	for (size_t i = (size_t)begin; i < n; i++)
+		p[i] = " again"[(i - (size_t)begin) % 6];
+	memcpy(p + n - (sizeof end - 1), end, sizeof end);
+}
+
 static void
 make_request(void)
 {
-	static const char chat[] = "{\"model\":\"tiny\",\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]}";
-	struct { char text[128]; } key = {""}, body = {""};
-	bool streams = opt.mode == STREAMS;
+	struct { char text[128]; } key = {""}, length = {""};
+	char chat[CHAT_MAX + 1] = "";
 
+	if (opt.mode == STREAMS)
+		opt.body = STREAM_BODY;
 	if (opt.key[0] != '\0')
 		snprintf(key.text, sizeof key.text, "Authorization: Bearer %s\r\n", opt.key);
-	if (opt.body > 0 || streams)
-		snprintf(body.text, sizeof body.text, "Content-Type: application/json\r\nContent-Length: %llu\r\n",
-		         streams ? (unsigned long long)sizeof chat - 1 : (unsigned long long)opt.body);
+	if (opt.body > 0)
+		snprintf(length.text, sizeof length.text, "Content-Type: application/json\r\nContent-Length: %llu\r\n",
+		         (unsigned long long)opt.body);
+	if (opt.body > 0 && opt.body <= CHAT_MAX)
+		make_chat(chat, (size_t)opt.body, opt.mode == STREAMS);
 	int n = snprintf(request, sizeof request, "%s %s HTTP/1.1\r\nHost: localhost:%u\r\nUser-Agent: load\r\n%s%s%s\r\n%s",
-	                 body.text[0] != '\0' ? "POST" : "GET", opt.path, opt.port, key.text, body.text,
-	                 opt.each_new ? "Connection: close\r\n" : "", streams ? chat : "");
+	                 opt.body > 0 ? "POST" : "GET", opt.path, opt.port, key.text, length.text,
+	                 opt.each_new ? "Connection: close\r\n" : "", chat);
 	if (n < 0 || (size_t)n >= sizeof request)
 		die_plain("the request is too long");
 	request_n = (size_t)n;
+	if (chat[0] != '\0')
+		opt.body = 0;                /* it goes with the head */
 }
 
 /* ---- start-up time ------------------------------------------------------------------------------------------- */

@@ -4,9 +4,13 @@
  *
  * What a request gets depends on its target alone, so that the same requests pass any policy in front of it:
  *
- *     /v1/chat/...    an endless stream of server-sent events, EVENTS_PER_S a second, each with the time of its sending
+ *     ...?stream      an endless stream of server-sent events, EVENTS_PER_S a second, each with the time of its sending
  *     ...?bytes=N     a body of N bytes
- *     anything else   a short answer; a body that comes with the request (Content-Length) is swallowed first
+ *     /v1/...         a chat completion of half a KB
+ *     anything else   a short list of models
+ *
+ * A body that comes with the request (Content-Length) is swallowed first. Who asks for `Connection: close`, or speaks HTTP/1.0,
+ * gets its answer and then the end of the connection at once, as of real servers.
  *
  * Several ports because the connections that a proxy opens and closes leave TIME_WAIT entries behind for their pair of
  * addresses: one proxy's must not slow the next one's. */
@@ -57,6 +61,12 @@ struct conn {
 static const char SHORT_BODY[] =
 	"{\"models\":[{\"name\":\"tiny:latest\",\"model\":\"tiny:latest\",\"modified_at\":\"2026-01-01T00:00:00Z\",\"size\":1,"
 	"\"details\":{\"format\":\"gguf\",\"family\":\"tiny\",\"parameter_size\":\"1M\",\"quantization_level\":\"Q4_0\"}}]}";
+static const char CHAT_BODY[] =
+	"{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1767225600,\"model\":\"tiny\",\"choices\":[{\"index\":0,"
+	"\"message\":{\"role\":\"assistant\",\"content\":\"The quick brown fox jumps over the lazy dog, and the dog, who has seen it all "
+	"before, opens one eye, sighs and goes on sleeping in the sun until somebody comes along with something that smells of "
+	"dinner, which is the one thing that it gets up for.\",\"refusal\":null},\"logprobs\":null,\"finish_reason\":\"stop\"}],\"usage\":{"
+	"\"prompt_tokens\":250,\"completion_tokens\":60,\"total_tokens\":310}}";
 /* The time is written over the blanks. The length of a chunk stands before, its end behind. */
 #define CHUNK "c2\r\n"
 static char event[] = CHUNK
@@ -195,12 +205,13 @@ bulk_move(struct conn *c)
 static bool
 answer(struct conn *c)
 {
-	char head[512];
+	char head[1024];
 	const char *target = c->target, *bytes = strstr(target, "?bytes="), *ending = c->close_after ? "Connection: close\r\n" : "";
-	uint64_t length = bytes != NULL ? strtoull(bytes + 7, NULL, 10) : sizeof SHORT_BODY - 1;
+	const char *body = bytes != NULL ? "" : strncmp(target, "/v1/", 4) == 0 ? CHAT_BODY : SHORT_BODY;
+	uint64_t length = bytes != NULL ? strtoull(bytes + 7, NULL, 10) : strlen(body);
 	int n;
 
-	if (strncmp(target, "/v1/chat/", 9) == 0) {
+	if (strstr(target, "?stream") != NULL) {
 		n = snprintf(head, sizeof head, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n%s%s\r\n",
 		             c->chunked ? "Transfer-Encoding: chunked\r\n" : "", ending);
 		if (!send_all(c, head, (size_t)n))
@@ -209,7 +220,7 @@ answer(struct conn *c)
 		return true;
 	}
 	n = snprintf(head, sizeof head, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %llu\r\n%s\r\n%s",
-	             (unsigned long long)length, ending, bytes != NULL ? "" : SHORT_BODY);
+	             (unsigned long long)length, ending, body);
 	if (!send_all(c, head, (size_t)n))
 		return false;
 	if (bytes == NULL)
