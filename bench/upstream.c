@@ -1,6 +1,6 @@
 /* upstream: a stand-in model server that costs as little as it can.
  *
- *     upstream N      serves on N free ports of 127.0.0.1, which it prints on one line, until it is ended
+ *     upstream N [ADDRESS]    serves on N free ports of 127.0.0.1 or ADDRESS, which it prints on one line, until it is ended
  *
  * What a request gets depends on its target alone, so that the same requests pass any policy in front of it:
  *
@@ -305,12 +305,12 @@ accept_some(int listener)
 }
 
 static int
-listener_open(struct sockaddr_in *a)
+listener_open(struct sockaddr_in *a, const char *address)
 {
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
 	socklen_t len = sizeof *a;
 
-	*a = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	*a = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = inet_addr(address)};
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);      /* what is accepted inherits it */
 	if (fd < 0 || bind(fd, (struct sockaddr *)a, sizeof *a) != 0 || listen(fd, SOMAXCONN) != 0 ||
 	    getsockname(fd, (struct sockaddr *)a, &len) != 0)
@@ -332,7 +332,7 @@ main(int argc, char **argv)
 	epfd = epoll_create1(0);
 	for (int i = 0; i < ports && i < PORTS_MAX; i++) {
 		struct sockaddr_in a;
-		listener[i].fd = listener_open(&a);
+		listener[i].fd = listener_open(&a, argc > 2 ? argv[2] : "127.0.0.1");
 		watch(&listener[i], EPOLL_CTL_ADD, EPOLLIN);
 		printf("%d%c", ntohs(a.sin_port), i + 1 < ports ? ' ' : '\n');
 	}
