@@ -97,6 +97,7 @@ enum {
 
 	LINGER_MS = 2000,            /* how long a closing connection is read on, so that our answer is not lost to a reset */
 	LINGER_BYTES = 8 << 20,      /* and how many bytes of it */
+	UPSTREAM_END_MS = 1000,      /* after a whole answer: for the upstream to end its connection; then we do */
 	READER_MS = 60000,           /* how long bytes wait for a client that reads nothing */
 	ACCEPT_PAUSE_MS = 100,       /* no accepting for so long when descriptors or memory ran out */
 	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
@@ -153,8 +154,7 @@ enum field_id {
 	F_FORWARDED,                 /* says who the client is: dropped from a request, passed in a response */
 	F_UNDERSCORE,                /* `_` in the name: dropped from a request, passed in a response */
 	F_HOST, F_CONTENT_LENGTH, F_TRANSFER_ENCODING, F_CONNECTION, F_AUTHORIZATION, F_X_API_KEY, F_API_KEY,
-	F_EXPECT, F_UPGRADE, F_TE, F_X_REQUEST_ID,
-	F_RANGE                      /* passed on; with a body some servers stumble over it */
+	F_EXPECT, F_UPGRADE, F_X_REQUEST_ID
 };
 
 struct field {
@@ -182,8 +182,6 @@ struct head {
 	bool close, keep_alive;      /* connection options */
 	bool option_upgrade, upgrade_websocket;
 	bool expect_continue;
-	bool te_trailers;
-	bool has_range;
 	bool path_odd;               /* matches no rule but "everything": dot segments, `//`, `;`, encoded slashes */
 	bool slash_missing;          /* absolute-form with an empty path: `/` goes before the target */
 };
@@ -388,14 +386,12 @@ struct link {
 	bool blocked;                /* the last write was cut short: wait for POLLOUT */
 };
 
-/* One direction: kept <= start <= ready <= raw <= end, and SLACK bytes before start, TAIL bytes behind end are there to be
+/* One direction: start <= ready <= raw <= end, and SLACK bytes before start, TAIL bytes behind end are there to be
  * written to. mem[start,ready) is understood and goes out next, mem[raw,end) came in and is not looked at yet.
  * mem is NULL, one of the worker's scratch buffers (only within a turn) or a pool buffer. */
 struct pipe {
 	char *mem;
 	uint32_t start, ready, raw, end;
-	uint32_t kept;               /* with keep: where the bytes begin that may have to be sent once more */
-	bool keep;
 	bool broken;                 /* the receiving side takes nothing more */
 	uint8_t side;                /* 0: client to upstream, 1: back; chooses the scratch buffers */
 	struct body body;
@@ -434,13 +430,10 @@ struct request {
 	uint8_t reason, dialect, interim, minor;
 	uint8_t address;             /* which of the upstream's addresses is tried */
 	bool head_method;            /* HEAD: the answer has no body */
-	bool safe_again;             /* an idempotent method: may be sent once more on a fresh connection */
-	bool reused;                 /* sent on an upstream connection that served before */
 	bool connected;              /* reached the upstream */
 	bool upgrade;                /* asked for a WebSocket */
 	bool expects;                /* asked for 100-continue, with a body to come */
 	bool close;                  /* the client connection ends with this request */
-	bool upstream_close;         /* the upstream connection ends with this request */
 	bool quiet;                  /* no access line */
 	char method[METHOD_MAX];
 	char id[ID_MAX];
@@ -450,12 +443,12 @@ struct request {
 struct conn {
 	struct conn *next, *prev;    /* in the worker's poll list, or in the free list by `next` */
 	struct conn *young, *old;    /* in the list of those that give way when the pool is full, oldest first */
-	struct link client, upstream;
+	struct link client;
+	struct link upstream;        /* carries one request; without one it only waits for its end, UPSTREAM_END_MS at most */
 	struct pipe req, resp;
 	struct request *request;     /* NULL between requests */
 	uint64_t deadline_ns;
 	uint64_t lingered;           /* bytes thrown away while closing */
-	uint64_t upstream_turn;      /* turn in which the upstream connection was used last */
 	uint8_t state;
 	bool parked;                 /* watched by epoll instead of being in the poll set */
 	bool again;                  /* it could go on at once, but others come first */
@@ -518,6 +511,7 @@ struct child {
 	int slot;                    /* number among the workers of its generation */
 	unsigned generation;         /* 0: of the binary before */
 	unsigned pings;              /* that it did not answer yet */
+	int call;                    /* that ended it, as it told last; 0: none */
 	bool draining;
 	uint64_t born_ns;
 };
@@ -526,6 +520,9 @@ enum watched_file { WATCHED_KEYS, WATCHED_TLS_CERT, WATCHED_TLS_KEY, WATCHED_COU
 
 /* Parts of the sandbox. */
 enum { WALL_USER = 1, WALL_ROOT = 2, WALL_PRIVILEGES = 4, WALL_SECCOMP = 8, WALL_FILES = 16, WALL_CONNECT = 32 };
+
+/* How a process ends that made a call which none of ours ever makes. */
+enum { STATUS_TRAPPED = 128 + 31 };
 
 /* Mappings that workers share. */
 enum { SHARED_KEYS, SHARED_TABLE, SHARED_SESSIONS, SHARED_COUNT };
