@@ -25,7 +25,7 @@
  *
  * Memory is decided at start. A worker maps, and touches only what it uses:
  *
- *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 80 for poll and epoll
+ *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 128 for poll, epoll and pools
  *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
@@ -10310,7 +10310,7 @@ command_key(char *const *words, size_t n)
 static uint64_t
 check_memory(void)
 {
-	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * page_round(BUF_SIZE) + 2 * sizeof(struct pollfd) + 96 +
+	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * page_round(BUF_SIZE) + 2 * sizeof(struct pollfd) + 112 +
 	                (config.tls_cert != NULL ? page_round(sizeof(struct tls_link)) : 0);
 
 	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
