@@ -145,6 +145,14 @@ class Lane:
             filler.connect_ex(self.listener.getsockname())
             self.fillers.append(filler)
 
+    def drop_stale(self):
+        """Nobody has taken yet what the last exchange's client left behind at once."""
+        while self.accepts:
+            try:
+                self.listener.accept()[0].close()
+            except BlockingIOError:
+                break
+
     def close_sockets(self):
         for sock in (self.listener, *self.fillers):
             sock.close()
@@ -343,6 +351,7 @@ class Exchange:
         self.started = time.monotonic()
         times = case.get("time").split()
         self.deadline = self.started + (seconds(times[1]) + 1 if times else PATIENCE)
+        lane.drop_stale()
         self.held = [socket.create_connection(("127.0.0.1", lane.tinyauth.port)) for _ in range(int(case.get("hold") or 0))]
         self.client = socket.create_connection(("127.0.0.1", lane.tinyauth.port), PATIENCE)
         if lane.secure:
