@@ -598,6 +598,32 @@ descriptor_idle(void)
 	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM, 0);
 }
 
+/* Closes all descriptors but standard input, output and error and those in `keep`, which is sorted for that; -1 is none. */
+static void
+descriptors_close_but(int *keep, size_t n)
+{
+	enum { CLOSE_RANGE = 436, OLD_MOST = 65536 };
+	unsigned from = STDERR_FILENO + 1;
+
+	for (size_t i = 1; i < n; i++)
+		for (size_t k = i; k > 0 && keep[k - 1] > keep[k]; k--) {
+			int swapped = keep[k];
+			keep[k] = keep[k - 1];
+			keep[k - 1] = swapped;
+		}
+	for (size_t i = 0; i <= n; i++) {
+		unsigned to = i < n ? (unsigned)keep[i] : UINT_MAX;
+		if (i < n && keep[i] < (int)from)
+			continue;
+#if TINYAUTH_LINUX
+		if (to > from && syscall(CLOSE_RANGE, from, to - 1, 0) != 0)   /* before Linux 5.9 */
+#endif
+			for (unsigned fd = from; fd < to && fd < OLD_MOST; fd++)
+				close((int)fd);
+		from = to + 1;
+	}
+}
+
 /* Standard input, output and error are something, so that no other file is ever taken for them. */
 static void
 descriptors_fill(void)
@@ -3913,6 +3939,8 @@ static const struct reason_row {
 	[R_CLIENT_CLOSED] = {499, "client_closed", "", "", "", ""},
 	[R_CLIENT_CUT] = {499, "client_cut", "", "", "", ""},
 	[R_CLIENT_STALLED] = {499, "client_stalled", "", "", "", ""},
+	[R_UPSTREAM_UNKNOWN] = {502, "upstream_unknown", "bad_gateway", "server_error", "api_error",
+	    "the address of the model server at % cannot be found: look at the name server, or correct --upstream"},
 	[R_UPSTREAM_REFUSED] = {502, "upstream_refused", "bad_gateway", "server_error", "api_error",
 	    "cannot connect to the model server at %: start it, or correct --upstream"},
 	[R_UPSTREAM_CONNECT_TIMEOUT] = {504, "upstream_connect_timeout", "gateway_timeout", "server_error", "api_error",
@@ -6230,7 +6258,7 @@ conn_connect(struct worker *w, struct conn *c)
 		}
 	}
 	w->connect_failed = true;
-	return conn_refuse_upstream(w, c, R_UPSTREAM_REFUSED);
+	return conn_refuse_upstream(w, c, config.upstream.addrs > 0 ? R_UPSTREAM_REFUSED : R_UPSTREAM_UNKNOWN);
 }
 
 
@@ -7545,7 +7573,9 @@ addrs_sort(struct addr *list, size_t n)
 }
 
 /* Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
- * else. `forget` lets go of what the child must not have. Exit status: 0, or the positive number of getaddrinfo's error. */
+ * else, and each family by itself, because musl gives up both when a name server fails to answer one. What is found is told at
+ * once. `forget` lets go of mappings that the child must not have. Exit status: 0, or the positive number of getaddrinfo's
+ * error. */
 __attribute__((noreturn)) static void
 name_child(const char *text, bool passive, int to, void (*forget)(void *), void *of)
 {
@@ -7555,30 +7585,37 @@ name_child(const char *text, bool passive, int to, void (*forget)(void *), void 
 	struct mistake m;
 	char host[NI_MAXHOST] = "";
 	const char *port = NULL;
-	size_t n = 0;
+	size_t told = 0;
+	int error = 0;
 
 	memset(found, 0, sizeof found);
 	if (forget != NULL)
 		forget(of);
+	descriptors_close_but(&to, 1);
 	sandbox_resolver();
 	if (!addr_split(text, host, &port, &m))
 		_exit(EXIT_FAILURE);
-	int error = getaddrinfo(host, port, &hints, &list);
-	if (error != 0)
-		_exit(error < 0 ? -error : error);
-	for (int family = 0; family < 2; family++) {
-		size_t from = n;
-		for (struct addrinfo *i = list; i != NULL && n < NAME_ADDRS; i = i->ai_next)
-			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
-				memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
-				found[n].len = i->ai_addrlen;
-				addr_write(&found[n++]);
-			}
-		addrs_sort(found + from, n - from);
+	for (int family = 0; family < 2 && told < UPSTREAM_ADDRS; family++) {
+		size_t n = 0;
+		hints.ai_family = family == 0 ? AF_INET : AF_INET6;
+		if (told > 0)
+			alarm(RESOLVE_REST_MS / 1000);
+		int failed = getaddrinfo(host, port, &hints, &list);
+		error = error != 0 ? error : failed;
+		for (struct addrinfo *i = failed == 0 ? list : NULL; i != NULL && n < NAME_ADDRS; i = i->ai_next) {
+			memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
+			found[n].len = i->ai_addrlen;
+			addr_write(&found[n++]);
+		}
+		addrs_sort(found, n);
+		n = n < UPSTREAM_ADDRS - told ? n : UPSTREAM_ADDRS - told;
+		if (!write_whole(to, (struct slice){(char *)found, n * sizeof *found}))
+			_exit(EXIT_FAILURE);
+		told += n;
 	}
-	n = n < UPSTREAM_ADDRS ? n : UPSTREAM_ADDRS;
-	bool good = write_whole(to, (struct slice){(char *)found, n * sizeof *found});
-	_exit(good && n > 0 ? EXIT_SUCCESS : EAI_NONAME < 0 ? -EAI_NONAME : EAI_NONAME);
+	if (told == 0 && error == 0)
+		error = EAI_NONAME;
+	_exit(told > 0 ? EXIT_SUCCESS : error < 0 ? -error : error);
 }
 
 /* Starts such a child; returns where its answer comes from, or -1. */
@@ -7604,7 +7641,7 @@ name_ask(const char *text, bool passive, void (*forget)(void *), void *of, int *
 static unsigned
 name_answer(int from, const char *asked, struct addr found[UPSTREAM_ADDRS])
 {
-	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);
+	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);   /* what a pipe holds at once, in two parts perhaps */
 	unsigned good = 0;
 	uint64_t port = 0;
 
@@ -7641,7 +7678,7 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	while (poll(&answer, 1, RESOLVE_MS) < 0 && errno == EINTR)
 		continue;
 	if (answer.revents == 0)
-		kill(pid, SIGKILL);
+		kill(pid, SIGKILL);                  /* with addresses of one family told it ends by itself */
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
 	unsigned n = name_answer(from, text, found);
@@ -7652,15 +7689,23 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	return n;
 }
 
-/* Every name in the configuration, at start. `failure`: exit status when one is not found. */
+/* Names of our own addresses, at start. */
 static void
-names_find(int failure)
+names_find_listen(int failure)
 {
 	struct addr found[UPSTREAM_ADDRS];
 
 	for (unsigned i = 0; i < config.listens; i++)
 		if (config.listen[i].len == 0 && name_find(config.listen[i].text, "listen", true, found, failure) > 0)
 			config.listen[i] = found[0];
+}
+
+/* The upstream's name, at start. */
+static void
+names_find_upstream(int failure)
+{
+	struct addr found[UPSTREAM_ADDRS];
+
 	if (config.upstream.named && config.upstream.addrs == 0) {
 		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, failure);
 		memcpy(config.upstream.addr, found, config.upstream.addrs * sizeof *found);
@@ -8216,12 +8261,37 @@ worker_turn(struct worker *w)
 		log_flush(w->log);
 }
 
+/* Asks itself how it is, over a socket pair and all the way: who can answer that can serve. */
+static bool
+worker_greets(struct worker *w, int asking, int asked)
+{
+	struct slice question = S("GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+	struct sockaddr_storage peer = {.ss_family = AF_UNIX};
+	unsigned listeners = w->listeners;
+	char answer[16] = "";
+
+	if (send(asking, question.p, question.n, MSG_NOSIGNAL) != (ssize_t)question.n)
+		return false;
+	w->listeners = 0;                    /* nobody else is served meanwhile */
+	struct conn *c = conn_open(w, asked, asked, &peer, false);
+	c->client.seen = POLLIN;
+	worker_queue(w, c);
+	worker_turn(w);
+	bool good = recv(asking, answer, sizeof answer - 1, MSG_DONTWAIT) > 0 && strncmp(answer, "HTTP/1.1 200", 12) == 0;
+	close(asking);
+	while (w->used > 0 && good)
+		worker_turn(w);
+	w->listeners = listeners;
+	return good;
+}
+
 /* Takes everything that serving needs, then closes the sandbox behind it. */
 static void
 worker_ready(struct worker *w, int root, unsigned expected)
 {
 	char text[128];
 	struct out o = {text, 0, sizeof text, false};
+	int ends[2];
 
 	worker_map(w);
 	random_fill(w->random, sizeof w->random);
@@ -8233,10 +8303,13 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
+	bool greets = w->control >= 0 && socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0;
 	unsigned walls = sandbox_worker(root, w->control), missing = expected & ~walls;
 	if (walls & WALL_ROOT)
 		sandbox_upstream();
-	if (w->control >= 0)
+	if (greets && !worker_greets(w, ends[0], ends[1]))
+		die(EXIT_FAILURE, "a worker cannot serve a request of its own; 'tinyauth check' may tell why");
+	if (greets)
 		send(w->control, "S", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* it serves */
 	out_walls(&o, missing);
 	if (missing != 0)
@@ -8360,6 +8433,23 @@ listener_open(struct addr *a)
 	return fd;
 }
 
+/* A socket that was passed in must be one that connections come to: another would serve nobody, and say that it is ready. */
+static void
+listener_verify(int fd)
+{
+	int type = 0, listens = 0;
+	socklen_t n = sizeof type, len = sizeof listens;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) != 0)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is no socket: %s; pass in listening stream sockets", fd, strerror(errno));
+	if (type != SOCK_STREAM)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is a %s socket; write ListenStream= in the socket unit", fd,
+		    type == SOCK_DGRAM ? "datagram" : type == SOCK_SEQPACKET ? "packet" : "raw");
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && !listens)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is a stream socket that does not listen, such as one connection; write Accept=no "
+		    "in the socket unit, or serve it with -i", fd);
+}
+
 /* Sockets that were passed in (LISTEN_FDS) go before --listen. */
 static unsigned
 listeners_passed(struct supervisor *s)
@@ -8415,10 +8505,13 @@ supervisor_listen(struct supervisor *s)
 	s->listeners = listeners_passed(s);
 	s->bound = s->listeners == 0;
 	if (s->bound)
+		names_find_listen(EX_CONFIG);
+	if (s->bound)
 		for (; s->listeners < config.listens; s->listeners++)
 			s->listener[s->listeners] = listener_open(&config.listen[s->listeners]);
 	for (unsigned i = 0; i < s->listeners; i++) {
 		struct addr a = {.len = sizeof a.ss};
+		listener_verify(s->listener[i]);
 		getsockname(s->listener[i], (struct sockaddr *)&a.ss, &a.len);
 		s->secure[i] = config.tls_cert != NULL && a.ss.ss_family != AF_UNIX;
 	}
@@ -8451,22 +8544,41 @@ supervisor_state(const struct supervisor *s)
 	return config.state != NULL ? s->shared[SHARED_TABLE] : -1;
 }
 
-/* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
+/* Who may have what of the supervisor's mappings. */
+enum { HEIR_WORKER = 1, HEIR_RESOLVER = 2 };
+
+static void
+owned_unmap(const struct supervisor *s, unsigned heir)
+{
+	const struct { void *p; size_t n; unsigned heirs; } owned[] = {
+		{s->keys, s->keys_size, HEIR_WORKER}, {s->table, (size_t)geometry.size, HEIR_WORKER},
+		{s->sessions, sizeof *s->sessions, HEIR_WORKER}};
+
+	for (size_t i = 0; i < LENGTH(owned); i++)
+		if (owned[i].p != NULL && !(owned[i].heirs & heir))
+			munmap(owned[i].p, owned[i].n);
+	if (heir != HEIR_WORKER)
+		pair_forget(s->pair);        /* and wipe */
+}
+
+/* The descriptors that a worker has; all else that the supervisor has open is closed. */
+static void
+owned_close(const struct supervisor *s, int control)
+{
+	int keep[LISTEN_MAX + 4] = {control, s->root, s->log->fd, supervisor_state(s)};
+
+	memcpy(keep + 4, s->listener, sizeof s->listener);
+	descriptors_close_but(keep, LENGTH(keep));
+}
+
+/* What the forked child becomes: it has of the supervisor's what those two leave it. */
 __attribute__((noreturn)) static void
 child_run(const struct supervisor *s, int control)
 {
-	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
-
+	owned_close(s, control);
+	owned_unmap(s, HEIR_WORKER);
 	worker_signals();
-	for (unsigned i = 0; i < s->children; i++)
-		close(s->child[i].control);
-	close(s->shared[SHARED_KEYS]);       /* -1, where there is none, closes nothing */
-	close(s->shared[SHARED_SESSIONS]);
-	close(s->notify);
-	if (s->resolver != 0)
-		close(s->resolver_fd);
-	if (config.state == NULL)
-		close(s->shared[SHARED_TABLE]);
+	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 	w->log = s->log;
 	w->log->n = w->log->dropped = 0;
 	w->keys = s->keys;
@@ -8516,6 +8628,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 	s->respawn_ns[slot] = s->now_ns + RESPAWN_MAX_MS * NS_PER_MS;   /* when this try fails */
 	if (s->children == CHILDREN_MAX || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) != 0) {
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		s->failed++;
 		return;
 	}
 	log_flush(s->log);
@@ -8528,6 +8641,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 	if (pid < 0) {
 		close(pair[0]);
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		s->failed++;
 		return;
 	}
 	struct child *child = &s->child[s->children++];
@@ -8543,6 +8657,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 static void
 supervisor_generation(struct supervisor *s)
 {
+	s->due = false;
 	s->generation++;
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		supervisor_spawn(s, (int)slot);
@@ -8579,8 +8694,12 @@ child_hear(struct supervisor *s, struct child *child)
 			else if (words[k] == 'S' && child->generation > 0) {
 				s->proven = true;
 				supervisor_relieve(s, child);
-			} else if (words[k] == 'R' && s->resolver == 0)
-				s->resolve_ns = s->now_ns;
+			} else if (words[k] == 'R') {
+				s->unreached = true;
+				uint64_t again_ns = s->resolved_ns + RESOLVE_AGAIN_MS * NS_PER_MS;
+				if (s->resolver == 0 && s->resolve_ns > again_ns)
+					s->resolve_ns = again_ns;
+			}
 		}
 }
 
@@ -8605,8 +8724,9 @@ supervisor_reap(struct supervisor *s)
 		if (child == s->child + s->children)
 			continue;
 		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
-			s->hopeless = true;
+			s->hopeless = EX_CONFIG;
 		child_hear(s, child);
+		s->failed += child->generation > 0 && !s->proven;
 		close(child->control);
 		table_recover(s->table, supervisor_state(s), (uint32_t)pid);
 		if (!child->draining || status != 0)
@@ -8691,19 +8811,15 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	if (map != NULL)
 		keys_flip(map);
 	if (map != NULL && map != old) {
-		int old_fd = s->shared[SHARED_KEYS];
-		size_t old_size = s->keys_size;
+		if (old != NULL) {
+			supervisor_retire(old, text);
+			munmap(old, s->keys_size);
+			close(s->shared[SHARED_KEYS]);
+		}
 		s->keys = map;
 		s->keys_size = size;
 		s->shared[SHARED_KEYS] = fd;
-		if (s->serving)
-			supervisor_generation(s);
-		if (old != NULL) {
-			supervisor_retire(old, text);
-			munmap(old, old_size);
-		}
-		if (old != NULL && old_fd >= 0)
-			close(old_fd);
+		s->due |= s->serving;
 	}
 	file_forget(&file);
 	return map != NULL;
@@ -8771,7 +8887,7 @@ supervisor_renew(struct supervisor *s)
 		pair_forget(pair);
 	else {
 		supervisor_certify(s, pair);
-		supervisor_generation(s);
+		s->due = true;
 	}
 }
 
@@ -8809,6 +8925,27 @@ watched_begin(struct watched *file, const char *path)
 		file->loaded = file->last = look_of(&st);
 }
 
+/* The directory of the upstream's unix socket, where it is the workers' root, may be removed and made anew, as by systemd's
+ * RuntimeDirectory=: workers that run would look for the socket in the old one. */
+static void
+supervisor_watch_root(struct supervisor *s)
+{
+	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
+	struct stat held, named;
+
+	if (s->root < 0 || un->sun_family != AF_UNIX)
+		return;
+	int fd = directory_open(un->sun_path);
+	if (fd >= 0 && fstat(s->root, &held) == 0 && fstat(fd, &named) == 0 && !stat_same(&held, &named)) {
+		int old = s->root;
+		s->root = fd;
+		fd = old;
+		log_note(s->log, "upstream_moved", "its socket's directory was made anew");
+		s->due = true;
+	}
+	close(fd);
+}
+
 /* A look a second; a file is read when two looks agree that it is another one. */
 static void
 supervisor_watch(struct supervisor *s)
@@ -8822,6 +8959,7 @@ supervisor_watch(struct supervisor *s)
 	bool key = watched_changed(&s->watched[WATCHED_TLS_KEY], s->now_ns);
 	if ((cert || key) && !s->draining)
 		supervisor_renew(s);
+	supervisor_watch_root(s);
 	supervisor_warn(s);
 }
 
@@ -9039,6 +9177,8 @@ supervisor_notify(const struct supervisor *s, const char *format, ...)
 static void
 supervisor_notify_ready(const struct supervisor *s)
 {
+	if (!s->told_ready)
+		return;
 	supervisor_notify(s, "READY=1\nSTATUS=%llu workers, %llu keys, upstream %s\n", (unsigned long long)config.workers,
 	    (unsigned long long)supervisor_keys(s), config.upstream.text);
 }
@@ -9123,7 +9263,8 @@ addrs_hold(const struct addr *list, unsigned n, const struct addr *a)
 	return false;
 }
 
-/* The name was looked up: other addresses make a new generation; no answer leaves everything as it was. */
+/* The name was looked up. Many answer with a few of their addresses at a time, in turn: a new generation is made only when none of
+ * ours is among them any more, or ours do not take connections. No answer leaves everything as it was. */
 static void
 supervisor_resolved(struct supervisor *s)
 {
@@ -9131,37 +9272,28 @@ supervisor_resolved(struct supervisor *s)
 	struct addr found[UPSTREAM_ADDRS];
 	unsigned n = name_answer(s->resolver_fd, u->text, found), same = 0;
 
+	bool wanted = s->unreached || u->addrs == 0;
 	s->resolver = 0;
-	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
+	s->resolver_fd = -1;
+	s->unreached = false;
+	s->resolved_ns = s->now_ns;
+	s->resolve_ns = s->now_ns + (u->addrs == 0 && n == 0 ? RESOLVE_AGAIN_MS : RESOLVE_EVERY_MS) * NS_PER_MS;
 	for (unsigned i = 0; i < n; i++)
 		same += addrs_hold(u->addr, u->addrs, &found[i]);
-	if (n == 0 || (same == n && n == u->addrs))
+	if (n == 0 || (same == n && n == u->addrs) || (same > 0 && !wanted))
 		return;
+	log_note(s->log, u->addrs == 0 ? "upstream_found" : "upstream_moved", found[0].text);
 	memcpy(u->addr, found, n * sizeof *found);
 	u->addrs = n;
 	upstream_host(u);
-	log_note(s->log, "upstream_moved", u->addr[0].text);
-	supervisor_generation(s);
+	s->due = true;
 }
 
 /* In the child that looks up a name: nothing that a name server's answer could do harm with. */
 static void
 supervisor_forget(void *of)
 {
-	struct supervisor *s = of;
-
-	for (unsigned i = 0; i < s->children; i++)
-		close(s->child[i].control);
-	for (unsigned i = 0; i < s->listeners; i++)
-		close(s->listener[i]);
-	munmap(s->keys, s->keys_size);
-	munmap(s->table, geometry.size);
-	if (s->sessions != NULL)
-		munmap(s->sessions, sizeof *s->sessions);
-	for (unsigned i = 0; i < SHARED_COUNT; i++)
-		close(s->shared[i]);
-	close(s->notify);
-	pair_forget(s->pair);
+	owned_unmap(of, HEIR_RESOLVER);
 }
 
 static void
@@ -9205,8 +9337,10 @@ supervisor_stop(struct supervisor *s)
 	s->draining = true;
 	supervisor_notify(s, "STOPPING=1\n");
 	log_note(s->log, "draining", NULL);
-	for (unsigned i = 0; i < s->listeners; i++)
+	for (unsigned i = 0; i < s->listeners; i++) {
 		close(s->listener[i]);
+		s->listener[i] = -1;
+	}
 	for (unsigned i = 0; s->bound && i < config.listens; i++)
 		if (config.listen[i].ss.ss_family == AF_UNIX)
 			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
@@ -9229,6 +9363,8 @@ static void
 supervisor_wait(struct supervisor *s)
 {
 	uint64_t until = s->look_ns, ns;
+	struct pollfd first[16];             /* the first workers: the server is ready when one of them says that it serves */
+	nfds_t n = 0;
 	sigset_t none;
 
 	for (uint64_t slot = 0; slot < config.workers; slot++)
@@ -9241,12 +9377,48 @@ supervisor_wait(struct supervisor *s)
 	if (config.idle_exit_ms != 0 && !s->bound && s->now_ns + config.idle_exit_ms * NS_PER_MS / 4 < until)
 		until = s->now_ns + config.idle_exit_ms * NS_PER_MS / 4;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
-	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or the first worker's word */
+	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or there are more of the first */
 		ns = LOG_RETRY_MS * NS_PER_MS;
 	struct timespec time = {(time_t)(ns / NS_PER_S), (long)(ns % NS_PER_S)};
 	sigemptyset(&none);
-	ppoll(NULL, 0, &time, &none);
+	for (unsigned i = 0; i < s->children && !s->proven && n < LENGTH(first); i++)
+		if (s->child[i].generation > 0)
+			first[n++] = (struct pollfd){s->child[i].control, POLLIN, 0};
+	if (ppoll(first, n, &time, &none) > 0)
+		signal_child = 1;            /* it may have ended instead, and a descriptor that is ready keeps signals waiting */
 	s->now_ns = clock_ns();
+}
+
+/* The generation that an operation made due, now that the operation is over and nothing of it lies about. */
+static void
+supervisor_follow(struct supervisor *s)
+{
+	if (s->due)
+		supervisor_generation(s);
+}
+
+/* The first worker serves: so does the server. */
+static void
+supervisor_tell_ready(struct supervisor *s)
+{
+	if (!s->proven || s->told_ready)
+		return;
+	s->told_ready = true;
+	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	supervisor_notify_ready(s);
+}
+
+/* None of the first workers comes to serve, and there are none of a binary before: that is an error, whose reason they told. */
+static void
+supervisor_despair(struct supervisor *s)
+{
+	if (s->proven || s->hopeless != 0 || s->failed < HOPELESS_TRIES || s->now_ns - s->start_ns < HOPELESS_MS * NS_PER_MS)
+		return;
+	for (unsigned i = 0; i < s->children; i++)
+		if (s->child[i].generation == 0)
+			return;
+	s->hopeless = EXIT_FAILURE;
+	log_note(s->log, "no_worker", "none of the first workers came to serve; look above for what ended them");
 }
 
 /* What signals asked for. */
@@ -9272,6 +9444,7 @@ supervisor_obey(struct supervisor *s)
 		supervisor_notify_reloading(s);
 		supervisor_reload_keys(s);
 		supervisor_renew(s);
+		supervisor_follow(s);
 		supervisor_notify_ready(s);
 	}
 }
@@ -9283,14 +9456,18 @@ supervisor_tend(struct supervisor *s)
 	if (s->resolved && !(s->resolved = false))
 		supervisor_resolved(s);
 	children_hear(s);
+	supervisor_tell_ready(s);
+	supervisor_despair(s);
 	supervisor_pet(s);
 	supervisor_resolve(s);
 	supervisor_watch(s);
+	supervisor_follow(s);
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
 			supervisor_spawn(s, (int)slot);
-	if (!s->draining && (s->hopeless || supervisor_idle(s))) {
-		log_note(s->log, s->hopeless ? "sandbox_impossible" : "idle", NULL);
+	if (!s->draining && (s->hopeless != 0 || supervisor_idle(s))) {
+		if (s->hopeless != EXIT_FAILURE)
+			log_note(s->log, s->hopeless != 0 ? "sandbox_impossible" : "idle", NULL);
 		supervisor_stop(s);
 	}
 }
@@ -9314,7 +9491,7 @@ supervisor_serve(struct supervisor *s)
 	pair_forget(s->pair);
 	log_note(s->log, "stopped", NULL);
 	log_flush(s->log);
-	return s->hopeless ? EX_CONFIG : EXIT_SUCCESS;
+	return s->hopeless;
 }
 
 /* What USR2 will execute: the path that we were called by, so that a link to a newer version is followed. */
@@ -9392,9 +9569,9 @@ supervisor_tell_start(struct supervisor *s, uint64_t asked)
 		log_fewer_connections(s->log, config.max_conns);
 	if (config.idle_exit_ms != 0 && s->bound)
 		log_note(s->log, "idle_exit_ignored", "nobody would start the service again: the sockets are its own");
-	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	if (config.upstream.addrs == 0)
+		log_note(s->log, "upstream_unknown", "its name has no address yet: requests get 502 while it is looked up again and again");
 	log_flush(s->log);
-	supervisor_notify_ready(s);
 }
 
 static int
@@ -9405,14 +9582,18 @@ supervisor_run(char *const *argv)
 
 	s->argv = argv;
 	s->binary = supervisor_binary(argv[0]);
-	s->shared[SHARED_SESSIONS] = -1;
+	s->root = s->notify = s->resolver_fd = -1;
+	for (size_t i = 0; i < LENGTH(s->listener); i++)
+		s->listener[i] = -1;
+	for (size_t i = 0; i < SHARED_COUNT; i++)
+		s->shared[i] = -1;
 	s->watched[WATCHED_KEYS].path = config.keys;
-	s->now_ns = s->active_ns = clock_ns();
+	s->now_ns = s->active_ns = s->start_ns = clock_ns();
 	supervisor_signals();
 	uint64_t asked = config.max_conns, rows = ROWS_PER_WORKER * config.workers;
 	supervisor_descriptors();
 	keys_must_be_named(EX_CONFIG);
-	names_find(getenv("TINYAUTH_HANDOVER") != NULL ? EXIT_SUCCESS : EX_CONFIG);   /* after an upgrade it may come later */
+	names_find_upstream(EXIT_SUCCESS);           /* it may come later */
 	supervisor_listen(s);
 	supervisor_inherit(s);
 	if (s->table == NULL)
@@ -9516,7 +9697,7 @@ inetd_run(void)
 	bool mute = inetd_mute(in, out);
 	keys_must_be_named(EX_CONFIG);
 	inetd_peer(in, &peer);
-	names_find(EX_CONFIG);
+	names_find_upstream(EXIT_SUCCESS);
 	if (!supervisor_publish(s, &bad))
 		return EX_CONFIG;
 	config.max_conns = 1;
@@ -9961,7 +10142,8 @@ command_check(void)
 	int fd;
 
 	keys_must_be_named(EXIT_FAILURE);
-	names_find(EXIT_FAILURE);
+	names_find_listen(EXIT_FAILURE);
+	names_find_upstream(EXIT_FAILURE);
 	check_written("log", config.log);
 	check_written("state", config.state);
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))

@@ -86,8 +86,10 @@ enum {
 	TRUST_MAX = 32,              /* networks of trusted peers */
 	PROXY_HEAD_MAX = 1024,       /* bytes of a PROXY header; longer is refused */
 	INETD_ROWS = 1024,           /* rows of a --state file that inetd made: connections at one time that are counted */
-	RESOLVE_MS = 10000,          /* for a name to be looked up */
+	RESOLVE_MS = 12000,          /* for a name to be looked up */
 	RESOLVE_EVERY_MS = 30000,    /* time between two looks at the upstream's name */
+	RESOLVE_AGAIN_MS = 2000,     /* the same while it has no address, or none that takes connections */
+	RESOLVE_REST_MS = 2000,      /* with IPv4 addresses in hand: for a name server to tell of IPv6 ones */
 	PINGS_MAX = 3,               /* a worker that leaves more pings unanswered is stuck, and killed */
 	UPSTREAM_ADDRS = 4,          /* addresses tried for one upstream name */
 	WORKERS_MAX = 256,           /* workers of a generation */
@@ -109,7 +111,9 @@ enum {
 	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
 	RESPAWN_MAX_MS = 1000,
-	YOUNG_MS = 1000              /* a worker that lived shorter died young */
+	YOUNG_MS = 1000,             /* a worker that lived shorter died young */
+	HOPELESS_TRIES = 4,          /* so many of the first workers that do not come to serve, */
+	HOPELESS_MS = 2000           /* over so long, and the server ends */
 };
 
 #define DURATION_MAX_MS (366ull * 86400 * 1000)  /* longest time of an option */
@@ -206,7 +210,7 @@ enum reason {
 	R_NONE, R_HEALTH,
 	R_BAD_REQUEST, R_PLAIN_HTTP, R_TLS_HELLO, R_BAD_BODY, R_NO_KEY, R_BAD_KEY, R_KEY_OFF, R_METHOD, R_HEADER_TIMEOUT, R_BODY_TIMEOUT,
 	R_TARGET_LONG, R_EXPECT, R_IP_RATE, R_IP_CONNS, R_HEAD_LONG, R_NOT_IMPLEMENTED, R_VERSION,
-	R_CLIENT_CLOSED, R_CLIENT_CUT, R_CLIENT_STALLED, R_UPSTREAM_REFUSED, R_UPSTREAM_CONNECT_TIMEOUT, R_UPSTREAM_CLOSED,
+	R_CLIENT_CLOSED, R_CLIENT_CUT, R_CLIENT_STALLED, R_UPSTREAM_UNKNOWN, R_UPSTREAM_REFUSED, R_UPSTREAM_CONNECT_TIMEOUT, R_UPSTREAM_CLOSED,
 	R_UPSTREAM_BAD, R_UPSTREAM_TIMEOUT, R_UPSTREAM_CUT, R_IDLE, R_FULL, R_STALE, R_DRAIN,
 	REASONS_COUNT
 };
@@ -558,8 +562,14 @@ struct supervisor {
 	uint64_t watchdog_ns;        /* time between two words to it that all is well; 0: it does not want them */
 	uint64_t pet_ns;             /* when the next one is due */
 	bool resolved;               /* the child is gone, its answer is there */
-	bool hopeless;               /* a worker could not give up root */
-	bool proven;                 /* one could, and serves */
+	bool unreached;              /* a worker could not connect since the name was looked up last */
+	uint64_t resolved_ns;        /* when that was */
+	int hopeless;                /* exit status: a worker could not give up root, or none comes to serve; 0: there is hope */
+	bool proven;                 /* one serves */
+	bool told_ready;             /* and that was told */
+	bool due;                    /* a new generation is, as soon as the operation that made it so is over */
+	unsigned failed;             /* first workers that did not come to serve */
+	uint64_t start_ns;
 	bool closed;                 /* the sandbox of this process is in force */
 	int resolver, resolver_fd;   /* child that looks up the upstream's name, and its answer; 0: none */
 	uint64_t resolve_ns;         /* when the name is looked up again; with a child: when that one is given up */

@@ -747,7 +747,7 @@ def test_an_upstream_that_does_not_end(lab):
     same(model.wait("close")["reason"], "reset", "end of the connection that was kept")
     same(raw_answer(client, held, then="hold").status, 200, "the next answer")
     same(client.ask("GET", "/t/echo").status, 200, "the one after it, which does not wait")
-    same(model.wait("close", 2)["reason"], "reset", "end of the second one")
+    same(model.wait("close", conn=2)["reason"], "reset", "end of the second one")
 
 
 def test_pipelining_keeps_the_order(lab):
@@ -2457,9 +2457,9 @@ def load_end(binary):
 
 @measured
 def test_size(lab):
-    """The binary is static, stripped it has at most 200 KB, and idle at most 1 MB of anonymous memory."""
+    """The binary is static, stripped it has at most 256 KB, and idle at most 1 MB of anonymous memory."""
     end, dynamic = load_end(lab.binary)
-    assert not dynamic and end <= 200 << 10, f"{end} bytes, {'dynamic' if dynamic else 'static'}"
+    assert not dynamic and end <= 256 << 10, f"{end} bytes, {'dynamic' if dynamic else 'static'}"
     tinyauth = lab.tinyauth()
     assert tinyauth.memory() <= 1 << 20, f"{tinyauth.memory()} bytes of anonymous memory"
 
