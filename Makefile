@@ -4,7 +4,7 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install |
+#      test-cross | test-kernels | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install |
 #      uninstall | clean
 
 PREFIX ?= /usr/local
@@ -92,6 +92,10 @@ test-image: tinyauth
 
 test-cross:
 	bash tests/cross/run.sh
+
+# Debian's kernels for other processors, booted in an emulator.
+test-kernels:
+	python3 tests/kernels/run.py
 
 # Instructions of a request, an event and a refusal, against those recorded.
 guard: tinyauth
@@ -200,4 +204,4 @@ clean:
 	rm -rf tinyauth build
 
 .PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean force
+	test-cross test-kernels test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean force
