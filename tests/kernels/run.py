@@ -108,13 +108,14 @@ def run(*command, **more):
 def build(work, source, cache, processor):
     """The program, and one with another layout of its table."""
     made = {}
+    cross = cache / "cross" / processor
     if processor != "x86_64":
-        run(PROJECT / "tests/cross/toolchain.sh", processor, cache / "cross", cwd=PROJECT)
+        run(PROJECT / "tests/cross/toolchain.sh", processor, cross, cwd=PROJECT)
     for name in ("tinyauth", "other"):
         folder = work / processor / name
         folder.mkdir(parents=True)
-        for file in ("Makefile", "tinyauth.c", "tinyauth.h"):
-            shutil.copy(source / file, folder)
+        for file in (PROJECT / "Makefile", source / "tinyauth.c", source / "tinyauth.h"):
+            shutil.copy(file, folder)
         if name == "other":
             header = folder / "tinyauth.h"
             text, count = re.subn(r"(#define TABLE_MAGIC 0x)([0-9a-f])", lambda match: match[1] + f"{int(match[2], 16) ^ 1:x}",
@@ -126,7 +127,7 @@ def build(work, source, cache, processor):
             run("make", "-s", "-C", folder, "tinyauth")
             made[name] = folder / "tinyauth"
         else:
-            run("make", "-s", "-C", folder, "cross", f"ARCH={processor}", f"CROSS_ROOT={cache / 'cross'}")
+            run("make", "-s", "-C", folder, "cross", f"ARCH={processor}", f"CROSS_ROOT={cross}")
             made[name] = folder / "build" / processor / "tinyauth"
     return made
 
