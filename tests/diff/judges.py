@@ -32,9 +32,11 @@ def cpp_takes(request):
     return request.method in CPP_METHODS and request.target.count(b"?") < 2 and request.longest <= 8192 and len(request.names) <= 100
 
 
+LOADING = "cpp-httplib, loading"
+
 # By judge: whether it takes such a request at all. What it does not take it refuses, which hurts nobody, as long as it
 # then reads nothing that was not sent.
-TAKES = {"llhttp": llhttp_takes, "httptools": httptools_takes, "cpp-httplib": cpp_takes}
+TAKES = {"llhttp": llhttp_takes, "httptools": httptools_takes, "cpp-httplib": cpp_takes, LOADING: cpp_takes}
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Judge:
 def request_judges(python, build):
     return [Judge("h11", [python, HERE / "judge_python.py", "h11"]), Judge("httptools", [python, HERE / "judge_python.py", "httptools"]),
             Judge("llhttp", ["node", HERE / "judge_node.cjs", "requests"]), Judge("net/http", [build / "judge_go"]),
-            Judge("cpp-httplib", [build / "judge_cpp"])]
+            Judge("cpp-httplib", [build / "judge_cpp", "serving"]), Judge(LOADING, [build / "judge_cpp", "loading"])]
 
 
 def client_judge(python):
@@ -111,9 +113,9 @@ def parse_line(line):
 
 
 def leaves_body(name, request):
-    """cpp-httplib does not read the body of these: it must at least not read it as requests."""
+    """cpp-httplib does not read the body of these, and none at all while it loads: it must at least not read it as requests."""
     unsized = b"content-length" not in [field.lower() for field in request.names]
-    return name == "cpp-httplib" and (request.method in (b"GET", b"HEAD", b"OPTIONS") or (request.method == b"DELETE" and unsized))
+    return name == LOADING or name == "cpp-httplib" and (request.method in (b"GET", b"HEAD", b"OPTIONS") or (request.method == b"DELETE" and unsized))
 
 
 def disagreement(name, line, sent, partial, rest):
@@ -127,7 +129,7 @@ def disagreement(name, line, sent, partial, rest):
             left.pop(0)
         elif takes(request):
             return f"{name} misses a request: {request.method.decode()} {request.target.decode()}: it reads {readable(requests, marks)}"
-        elif name != "cpp-httplib":
+        elif not name.startswith("cpp-httplib"):
             return None if not left and marks == ["!"] else f"{name} goes on after a refusal: {readable(requests, marks)}"
     if left and partial and leaves_body(name, partial) and partial.read_as(left[0], True):
         left.pop(0)

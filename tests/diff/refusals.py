@@ -152,7 +152,7 @@ def hidden_of(entries):
 async def check_server(server, options, folder):
     """Asked without tinyauth, it does run what is hidden, or not: those that do are worth asking. Returns the kinds that do."""
     await server.start("serving", folder / "direct")
-    await storm(options.build, server.port, [kind for kind in server.kinds if not kind.more], 32)
+    await storm(options.build, server.port, [kind for kind in server.kinds if not kind.more and not kind.bare], 32)
     entries, _ = await server.stop()
     (folder / "direct").unlink()
     return [KINDS[number].name for number in sorted(hidden_of(entries))]
