@@ -1,6 +1,6 @@
 // The judge cpp-httplib, the server under llama-server. Usage: judge_cpp serving|loading; loading, it answers each request
 // before it has looked at the body. Frames and lines are as in judge_python.py, but `!` may stand anywhere: this server
-// answers 400 to what it cannot read and goes on with the bytes that follow.
+// answers 400 to what it cannot read and goes on with the bytes that follow. -DFIRST=1: for 0.11, whose interface is another.
 #include <httplib.h>
 
 #include <arpa/inet.h>
@@ -14,7 +14,10 @@ class Recorded : public httplib::Stream {
 public:
     Recorded(const std::string &data, size_t &at) : data_(data), at_(at), next_(at) {}
     bool is_readable() const override { return true; }
-    bool is_writable() const override { return true; }
+    virtual bool is_writable() const { return true; }       // some releases have these, some do not
+    virtual bool wait_readable() const { return true; }
+    virtual bool wait_writable() const { return true; }
+    virtual time_t duration() const { return 0; }
     ssize_t read(char *space, size_t size) override {
         if (next_ == at_) at_ += std::min(BLOCK, data_.size() - at_);
         size = std::min(size, at_ - next_);
@@ -75,7 +78,11 @@ public:
         while (at < data.size() && !closed) {
             Recorded stream(data, at);
             kept_ = false;
+#if FIRST
             bool good = process_request(stream, false, closed, nullptr);
+#else
+            bool good = process_request(stream, "127.0.0.1", 1, "127.0.0.1", 1, false, closed, nullptr);
+#endif
             if (!kept_) line_ += "! ";
             if (!good) break;
         }

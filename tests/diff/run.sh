@@ -52,9 +52,12 @@ jobs=""
 for program in judge_go refuse_go storm; do
     compile "$build/$program" "$here/$program.go" env GO111MODULE=off go build
 done
-compile "$build/judge_cpp" "$here/judge_cpp.cc" g++ -O1 -Wall -Wextra -pthread -isystem "$build/httplib/bookworm"
 for release in $releases; do
-    compile "$build/refuse_cpp_$release" "$here/refuse_cpp.cc" g++ -Wall -Wextra -pthread -isystem "$build/httplib/$release"
+    first=$([ "$release" = bookworm ] && echo 1 || echo 0)
+    for program in judge_cpp refuse_cpp; do
+        compile "$build/${program}_$release" "$here/$program.cc" \
+            g++ -Wall -Wextra -pthread "-DFIRST=$first" -isystem "$build/httplib/$release"
+    done
 done
 for job in $jobs; do
     wait "$job" || die "a program does not compile"
