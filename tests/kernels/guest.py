@@ -47,6 +47,8 @@ CORE = re.compile("""test_(
     upgrade_without_a_place|killed_worker|reload_under_load|upgrade_under_load|drain_|second_term|workers_end|log_file_is|
     sandbox_is_told|user_by_name|trust_unix|proxy_header_in_front|upstream_by_name|state_|inetd_|manager_is_told|activation_serves|
     check_url$|closed_standard|session_is_resumed|sessions_survive_an_upgrade|curl_every)""", re.X)
+# x86_64 without its instructions for AES does no AES at all.
+WANTS_AES = re.compile("test_(openssl_every|curl_every|python_every|session_is_resumed_by_every|session_needs_its_suite)")
 # Wants what a container does not have: namespaces, and other processes' /proc.
 NOT_IN_A_CONTAINER = re.compile("test_(inetd_is_walled|upgrade_under_load)")
 
@@ -172,6 +174,7 @@ def test_growth_of_the_key_table(lab):
         lab.write(tinyauth.keys, text)
         tinyauth.signal(signal.SIGHUP)
         tinyauth.wait_event("keys_published", seen + 1, timeout=30)
+        until(lambda: tinyauth.ask("GET", "/", key=good).status == 200, "a worker that has them")
         for _ in range(2):
             same([tinyauth.ask("GET", "/", key=key).status for key in (good, bad)], [200, 401], "a good and a bad key")
             until(lambda: len(tinyauth.workers()) == 1, "end of the old worker")
@@ -187,7 +190,7 @@ def test_upgrade_to_another_layout(lab):
     for state in (None, lab.path("state")):
         binary = lab.program(lab.path("tinyauth"))
         tinyauth = lab.tinyauth(*authority(lab).good().options, *(("--state", state) if state else ()), workers=2, binary=binary)
-        tinyauth.expect("event=state_")
+        tinyauth.expect("was no table of this version and size; set aside as")
         pid, old = tinyauth.pid, tinyauth.workers()
         stream = Stream(connect(tinyauth), 60, 20)
         for count, other in enumerate((OTHER, lab.binary), 2):
@@ -208,6 +211,8 @@ def test_upgrade_to_another_layout(lab):
 
 def wanted(name, test):
     if not name.startswith("test_") or getattr(test, "measured", False) or name in LEFT_OUT:
+        return False
+    if "aes" in MACHINE["without"] and WANTS_AES.match(name):
         return False
     if MACHINE["container"] and NOT_IN_A_CONTAINER.match(name):
         return False
