@@ -38,6 +38,11 @@ CHAT = [{"role": "user", "content": "open the door"}]
 
 # What tinyauth is to do and does not do yet, and what is missing.
 NOT_YET = {
+    "test_llama_thirty_idle_clients": "an upstream connection carries one request",
+    "test_llama_unix_socket_of_another": "EACCES of a unix upstream is told with the socket's mode and owner",
+    "test_llama_unix_socket_of_another_checked": "`check` looks at a unix upstream's mode",
+    "test_ollama_foreign_origin": "Origin is dropped on the way to the server",
+    "test_llama_foreign_origin": "Origin is dropped on the way to the server",
 }
 
 
@@ -85,7 +90,7 @@ def post(target, body, *fields, key=ALICE, host=e2e.HOST, **more):
 
 
 def speech(server, tokens=1900, stream=True, words=3):
-    """(target, body) of a request that keeps the slow model busy for seconds; words of the prompt are one token each."""
+    """(target, body) of a request that keeps the slow model busy for seconds; a word of the prompt is five tokens."""
     messages = [{"role": "user", "content": "door " * words}]
     if server.kind == "llama":
         return "/v1/chat/completions", {"messages": messages, "max_tokens": tokens, "stream": stream, "cache_prompt": False}
@@ -127,11 +132,11 @@ def begin(server, way, lines=3, **more):
     return client
 
 
-def idle(server):
-    """Wait until the server works for nobody."""
+def idle(server, mark):
+    """Wait until the server works for nobody. llama-server's log is read: asking it would keep it from seeing that a client left."""
     straight = Way(server)
     if server.kind == "llama":
-        until(lambda: not any(slot["is_processing"] for slot in straight.ask("GET", "/slots").json()), "idle slots", 30)
+        server.wait("all slots are idle", mark, timeout=60)
     else:
         target, body = speech(server, tokens=1, stream=False)
         same(straight.ask("POST", target, body=json.dumps(body).encode()).status, 200, "a short request")
@@ -179,14 +184,18 @@ def test_ollama_direct_against_through(lab):
 
 def leave(server, way, how):
     """How long after its client left the server stopped; None if it did not within 6 s, while there was work for more."""
-    blocker = begin(server, Way(server)) if how == "queued" else None
     mark = server.mark()
+    blocker = Client(server.address) if how == "queued" else None
+    if blocker:                         # not a stream: while one runs, llama-server looks after no other client
+        Way(server).post(blocker, *speech(server, stream=False))
+        server.wait(server.BEGUN, mark)
+        mark = server.mark()
     client = Client(way.address)
     if how in ("three events", "half-close", "reset"):
         client.close()
         client = begin(server, way)
     else:
-        words = 1500 if how == "before the first token" else 3
+        words = 300 if how == "before the first token" else 3
         way.post(client, *speech(server, stream=how != "whole answer", words=words))
         if how == "queued" and server.kind == "llama":
             until(lambda: b"requests_deferred 1" in Way(server).ask("GET", "/metrics").body, "queued request")
@@ -207,7 +216,7 @@ def leave(server, way, how):
     client.close()
     if blocker:
         blocker.close()
-    idle(server)
+    idle(server, mark)
     return took
 
 
@@ -582,8 +591,10 @@ def counted(lab, server, chats):
         if answer.closes:
             client = Counted(tinyauth.address)
     client.close()
-    lines = tinyauth.access(len(want))
-    same([(line["method"], line["path"], line["status"], int(line["in"]), int(line["out"])) for line in lines], want, "the log's lines")
+    for line, (method, target, status, sent, got) in zip(tinyauth.access(len(want)), want):
+        same((line["method"], line["path"], line["status"], int(line["out"])), (method, target, status, got), "the log's line")
+        # of a body that the server answered before its end, less may have been taken
+        assert int(line["in"]) == sent or (sent > 1 << 20 and int(line["in"]) < sent), (line, sent)
 
 
 def test_llama_counting(lab):
@@ -641,6 +652,23 @@ def head_upstream(tap, tinyauth, method, target, fields, size):
     return bytes(tap.asked[-1]).index(b"\r\n\r\n") + 4
 
 
+def control(server):
+    """How many of these bodies the server itself takes for requests, when a client sends them to it directly."""
+    fooled = []
+    for name, method, target, fields, start in HIDING:
+        size = len(hiding(b"", 600))
+        head = len(request(method, target, *fields, key=None, host="localhost", body=b"0" * size)) - size
+        raw = request(method, target, *fields, key=None, host="localhost", body=(hiding(start, head) + b"." * size)[:size])
+        with contextlib.closing(Client(server.address)) as client, contextlib.suppress(OSError, Cut):
+            client.send(raw)
+            client.sock.shutdown(socket.SHUT_WR)
+            while True:
+                client.fill()
+        if len(re.findall(rb"HTTP/1\.[01] [2-5]\d\d ", bytes(client.buffer))) > 1:
+            fooled.append(name)
+    return fooled
+
+
 def hidden(lab, server, honest_status):
     """None of the requests in these bodies is answered, and who else asks meanwhile gets an answer of his own."""
     tap = keep(lab, Tap(server.address))
@@ -675,6 +703,7 @@ def hidden(lab, server, honest_status):
     if ran:
         wrong.append(f"{len(ran)} hidden requests ran")
     assert not wrong, "; ".join(wrong[:8])
+    lab.shared.note(f"asked directly, llama-server reads requests in {len(control(server))} of these {len(HIDING)} bodies")
 
 
 def test_llama_hidden_requests_while_serving(lab):
