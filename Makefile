@@ -4,8 +4,8 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse | lint | install |
-#      uninstall | clean
+#      test-cross | test-kernels | test-releases | test-clients | test-diff | test-faults | test-ports | test-swarm | bench |
+#      coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -84,14 +84,24 @@ test-inetd: tinyauth
 test-openrc: tinyauth
 	python3 tests/openrc/run.py
 
+# SUITE is the Debian whose systemd it is: bookworm has 252, trixie 257.
+SUITE ?= bookworm
 test-systemd: tinyauth
-	bash tests/systemd/run.sh
+	bash tests/systemd/run.sh --suite $(SUITE)
 
 test-image: tinyauth
 	bash tests/image/run.sh
 
 test-cross:
 	bash tests/cross/run.sh
+
+# Debian's kernels for other processors, booted in an emulator.
+test-kernels:
+	python3 tests/kernels/run.py
+
+# README's commands in clean roots of the Debian releases.
+test-releases:
+	bash tests/releases/run.sh
 
 # Instructions of a request, an event and a refusal, against those recorded.
 guard: tinyauth
@@ -100,24 +110,23 @@ guard: tinyauth
 bench: tinyauth
 	python3 bench/run.py
 
-# make cross ARCH=aarch64|armhf|riscv64: build/ARCH/tinyauth; tests/cross/toolchain.sh ARCH installs what it takes. Debian 12
-# has no musl and BearSSL for riscv64: that script compiles them into CROSS_ROOT.
+# make cross ARCH=aarch64|armhf|riscv64: build/ARCH/tinyauth. tests/cross/toolchain.sh ARCH installs the compiler, and puts that
+# architecture's musl and BearSSL, as Debian builds them, into CROSS_ROOT.
 CROSS_GNU_aarch64 = aarch64-linux-gnu
 CROSS_GNU_armhf = arm-linux-gnueabihf
 CROSS_GNU_riscv64 = riscv64-linux-gnu
-CROSS_MUSL_aarch64 = aarch64-linux-musl
-CROSS_MUSL_armhf = arm-linux-musleabihf
 CROSS_ROOT ?= $(CURDIR)/build/cross/$(ARCH)
 CROSS_GNU = $(CROSS_GNU_$(ARCH))
-CROSS_LIB = $(if $(CROSS_MUSL_$(ARCH)),/usr/lib/$(CROSS_MUSL_$(ARCH)),$(CROSS_ROOT)/lib)
-CROSS_BEARSSL_LIB = $(if $(CROSS_MUSL_$(ARCH)),/usr/lib/$(CROSS_GNU),$(CROSS_ROOT)/lib)/libbearssl.a
-CROSS_BEARSSL_INC = $(if $(CROSS_MUSL_$(ARCH)),/usr/include,$(CROSS_ROOT)/include)/bearssl
+CROSS_USR = $(CROSS_ROOT)/usr
+cross: BEARSSL_CFLAGS = -I$(CROSS_USR)/include/bearssl
 cross:
 	@test -n "$(CROSS_GNU)" || { echo "make cross ARCH=aarch64|armhf|riscv64" >&2; exit 64; }
+	@test -d $(CROSS_USR) || { echo "$(CROSS_ROOT) is not there: tests/cross/toolchain.sh $(ARCH) makes it, as root" >&2; exit 1; }
 	@mkdir -p build/$(ARCH)
-	$(CROSS_GNU)-objcopy -R .eh_frame -R .rela.eh_frame -R .rel.eh_frame $(CROSS_BEARSSL_LIB) build/$(ARCH)/libbearssl.a
-	$(CROSS_GNU)-gcc -specs $(CROSS_LIB)/musl-gcc.specs $(ALL_CFLAGS) -I$(CROSS_BEARSSL_INC) -ffile-prefix-map=$(CURDIR)=. \
-		-o build/$(ARCH)/tinyauth tinyauth.c $(ALL_LDFLAGS) -s build/$(ARCH)/libbearssl.a
+	$(CROSS_GNU)-objcopy -R .eh_frame -R .rela.eh_frame -R .rel.eh_frame $(CROSS_USR)/lib/$(CROSS_GNU)/libbearssl.a \
+		build/$(ARCH)/libbearssl.a
+	$(CROSS_GNU)-gcc -specs $(wildcard $(CROSS_USR)/lib/*-linux-musl*/musl-gcc.specs) $(ALL_CFLAGS) \
+		-ffile-prefix-map=$(CURDIR)=. -o build/$(ARCH)/tinyauth tinyauth.c $(ALL_LDFLAGS) -s build/$(ARCH)/libbearssl.a
 
 # dist/: stripped binaries of the four architectures, manual pages and checksums.
 VERSION := $(shell sed -n 's/^.define TINYAUTH_VERSION "\(.*\)"/\1/p' tinyauth.h)
@@ -150,6 +159,10 @@ build/unwalled: tinyauth.c tinyauth.h build/flags build/libbearssl.a
 
 test-faults: tinyauth build/unwalled
 	python3 tests/faults/run.py --tinyauth build/unwalled
+
+# One upstream connection a request, and enough local ports for them; needs root and network namespaces.
+test-ports: tinyauth
+	python3 tests/faults/ports.py
 
 # A swarm of hostile and honest clients; best with SANITIZE=1.
 test-swarm: tinyauth
@@ -200,4 +213,5 @@ clean:
 	rm -rf tinyauth build
 
 .PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean force
+	test-cross test-kernels test-releases test-clients test-diff test-faults test-ports test-swarm coverage fuzz analyse lint \
+	install uninstall clean force

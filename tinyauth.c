@@ -25,7 +25,7 @@
  *
  * Memory is decided at start. A worker maps, and touches only what it uses:
  *
- *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 80 for poll and epoll
+ *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 128 for poll, epoll and pools
  *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
@@ -37,9 +37,9 @@
  * What is tried against us, and what meets it:
  *
  *   requests that two parsers read differently      refused at the first byte that shows it, never repaired: HTTP
- *   smuggling through a framing disagreement        heads and chunk lines are written anew; an upstream connection serves
- *                                                   one client connection only
- *   a body behind a head that the server refuses    head_unsafe, head_hides_body
+ *   smuggling through a framing disagreement        heads and chunk lines are written anew; an upstream connection carries
+ *                                                   one request and says so: no next one is there to be smuggled
+ *   a body behind a head that the server refuses    head_unsafe: before it has seen `close`
  *   guessing keys                                   --ip-rate before any look at a key; digests compared in constant time
  *   slow heads, slow readers, idle connections      a deadline for every state: STATES
  *   slow bodies                                     STRETCH_BYTES in STRETCH_MS
@@ -598,6 +598,32 @@ descriptor_idle(void)
 	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM, 0);
 }
 
+/* Closes all descriptors but standard input, output and error and those in `keep`, which is sorted for that; -1 is none. */
+static void
+descriptors_close_but(int *keep, size_t n)
+{
+	enum { CLOSE_RANGE = 436, OLD_MOST = 65536 };
+	unsigned from = STDERR_FILENO + 1;
+
+	for (size_t i = 1; i < n; i++)
+		for (size_t k = i; k > 0 && keep[k - 1] > keep[k]; k--) {
+			int swapped = keep[k];
+			keep[k] = keep[k - 1];
+			keep[k - 1] = swapped;
+		}
+	for (size_t i = 0; i <= n; i++) {
+		unsigned to = i < n ? (unsigned)keep[i] : UINT_MAX;
+		if (i < n && keep[i] < (int)from)
+			continue;
+#if TINYAUTH_LINUX
+		if (to > from && syscall(CLOSE_RANGE, from, to - 1, 0) != 0)   /* before Linux 5.9 */
+#endif
+			for (unsigned fd = from; fd < to && fd < OLD_MOST; fd++)
+				close((int)fd);
+		from = to + 1;
+	}
+}
+
 /* Standard input, output and error are something, so that no other file is ever taken for them. */
 static void
 descriptors_fill(void)
@@ -609,6 +635,43 @@ descriptors_fill(void)
 	while (fd >= 0 && fd <= STDERR_FILENO);
 	if (fd >= 0)
 		close(fd);
+}
+
+/* Sends one byte to another process, and with it a descriptor, unless that is -1. False: it did not go, and is lost. */
+static bool
+word_send(int to, char word, int fd)
+{
+	union { struct cmsghdr align; char space[CMSG_SPACE(sizeof(int))]; } control;
+	struct iovec iov = {&word, 1};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
+
+	memset(&control, 0, sizeof control);
+	if (fd >= 0) {
+		m.msg_control = &control;
+		m.msg_controllen = sizeof control;
+		struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(c), &fd, sizeof fd);
+	}
+	return sendmsg(to, &m, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
+}
+
+/* Takes such a byte and its descriptor, -1 where there is none. As recv(): 1, 0 at the end, -1 with errno. */
+static ssize_t
+word_receive(int from, char *word, int *fd)
+{
+	union { struct cmsghdr align; char space[CMSG_SPACE(sizeof(int))]; } control;
+	struct iovec iov = {word, 1};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+	ssize_t n = recvmsg(from, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	struct cmsghdr *c = n == 1 ? CMSG_FIRSTHDR(&m) : NULL;
+
+	*fd = -1;
+	if (c != NULL && c->cmsg_type == SCM_RIGHTS)
+		memcpy(fd, CMSG_DATA(c), sizeof *fd);
+	return n;
 }
 
 /* Processors that this process may run on. */
@@ -626,6 +689,24 @@ cpus_online(void)
 	return n > 0 ? (uint64_t)n : 1;
 }
 
+/* Bytes of a page of memory: 4 KB, or on some machines 16 or 64. */
+static size_t
+page_size(void)
+{
+	static size_t size;
+
+	if (size == 0)
+		size = (size_t)sysconf(_SC_PAGESIZE);
+	return size;
+}
+
+/* Bytes of the pages that so many bytes need. */
+static size_t
+page_round(size_t n)
+{
+	return (n + page_size() - 1) & ~(page_size() - 1);
+}
+
 /* A mapping that costs memory only where it is touched, or NULL. */
 static void *
 map_try(size_t n, int flags)
@@ -640,10 +721,10 @@ map_try(size_t n, int flags)
 static void
 map_touch(void *p, size_t n)
 {
-	enum { PAGE_SMALLEST = 4096, POPULATE_WRITE = 23 };
-	uintptr_t from = (uintptr_t)p & ~(uintptr_t)(PAGE_SMALLEST - 1);
+	enum { POPULATE_WRITE = 23 };
+	uintptr_t from = (uintptr_t)p & ~(uintptr_t)(page_size() - 1);
 
-	if (TINYAUTH_LINUX && n > 16 * PAGE_SMALLEST)
+	if (TINYAUTH_LINUX && n > 65536)
 		madvise((void *)from, (uintptr_t)p + n - from, POPULATE_WRITE);
 }
 
@@ -665,30 +746,45 @@ pool_new(size_t max, size_t each)
 
 	if (__builtin_mul_overflow(max, each, &size))
 		die(EXIT_FAILURE, "%zu connections are more than this system can address; lower --max-conns", max);
-	return (struct pool){map_new(size, MAP_PRIVATE), each, 0, max, NULL};
+	return (struct pool){.mem = map_new(size, MAP_PRIVATE), .each = each, .left = max,
+	    .given = map_new(max * sizeof(void *), MAP_PRIVATE)};
 }
 
 /* A place, or NULL: all are in use. */
 static void *
 pool_take(struct pool *p)
 {
-	void *place = p->given;
-
 	if (p->left == 0)
 		return NULL;
 	p->left--;
-	if (place == NULL)
+	if (p->n == 0)
 		return p->mem + p->fresh++ * p->each;
-	memcpy(&p->given, place, sizeof p->given);
-	return place;
+	p->n--;
+	if (p->cold > p->n)
+		p->cold = p->n;
+	return p->given[p->n];
 }
 
 static void
 pool_give(struct pool *p, void *place)
 {
-	memcpy(place, &p->given, sizeof p->given);
-	p->given = place;
+	p->given[p->n++] = place;
 	p->left++;
+}
+
+/* Places that came back, but for the last few, still hold memory. */
+static bool
+pool_warm(const struct pool *p)
+{
+	return p->n > p->cold + TRIM_KEEP;
+}
+
+/* Gives the system the memory of places that came back, but for the last few. Of pools whose places are whole pages. */
+static void
+pool_trim(struct pool *p)
+{
+	for (; pool_warm(p); p->cold++)
+		madvise(p->given[p->cold], p->each, MADV_DONTNEED);
 }
 
 /* A mapping that children share: a memfd, which an upgrade can hand over; where there is none, a file that has no name any
@@ -774,6 +870,26 @@ file_writable(const char *path)
 	if (fd >= 0)
 		close(fd);
 	return good;
+}
+
+/* Gives a file of `size` bytes or less its whole size, on the disk as well: a hole in a mapping of it for which there is no room
+ * later is a SIGBUS. What it holds stays. False with errno. */
+static bool
+file_allocate(int fd, const struct stat *st, size_t size)
+{
+	enum { BLOCK = 4096 };
+	int error = posix_fallocate(fd, 0, (off_t)size);
+	char byte;
+
+	if (error != EOPNOTSUPP && error != ENOSYS && error != EINVAL)   /* the file system can do so, or there is no room */
+		return (errno = error) == 0;
+	for (off_t at = 0; (size_t)at < size && (uint64_t)st->st_blocks * 512 < size; at += BLOCK) {
+		off_t last = at + BLOCK - 1 < (off_t)size ? at + BLOCK - 1 : (off_t)size - 1;
+		byte = 0;
+		if (pread(fd, &byte, 1, last) < 0 || pwrite(fd, &byte, 1, last) != 1)
+			return false;
+	}
+	return true;
 }
 
 /* Reads all of an open file, up to `max` bytes. NULL, or what is wrong. */
@@ -1190,6 +1306,8 @@ log_worker_died(struct log *log, const struct child *child, int status)
 		log_number(log, &o, "signal", (uint64_t)WTERMSIG(status));
 	else
 		log_number(log, &o, "status", (uint64_t)WEXITSTATUS(status));
+	if (child->call != 0)
+		log_number(log, &o, "forbidden_call", (uint64_t)child->call);
 	log_end(log, &o);
 }
 
@@ -2422,6 +2540,16 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 	return NULL;
 }
 
+__attribute__((noreturn)) static void
+table_no_room(const char *path, int fd, bool fresh)
+{
+	int error = errno;
+
+	if (fresh && ftruncate(fd, 0) != 0)
+		error = errno;
+	die(EX_CONFIG, "%s: no room for the shared table: %s; make room, or name another file with --state", path, strerror(error));
+}
+
 /* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is
  * broken, of another version or too small is set aside as FILE.old, and *aside tells. */
 static struct table *
@@ -2439,8 +2567,11 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1)
 			die(EX_CONFIG, "%s: is not a file that this user alone can write; name another with --state", path);
 		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
-		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
+		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL) {
+			if (!file_allocate(*fd, &st, (size_t)st.st_size))
+				table_no_room(path, *fd, false);
 			break;
+		}
 		text_print(old, sizeof old, "%s.old", path);
 		if (same && st.st_size > 0) {
 			*aside = true;
@@ -2449,9 +2580,9 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		} else if (same) {
 			uint64_t size = table_size(rows, conns);
 			errno = ENOMEM;
-			if (size > SIZE_MAX || ftruncate(*fd, (off_t)size) != 0 ||
+			if (size > SIZE_MAX || !file_allocate(*fd, &st, (size_t)size) ||
 			    (t = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
-				die(EX_CONFIG, "%s: no room for the shared table: %s", path, strerror(errno));
+				table_no_room(path, *fd, true);
 			table_begin(t, rows, conns);
 			break;
 		}
@@ -2483,7 +2614,7 @@ table_row_give(struct table *t, struct conn_row *row)
 
 	for (uint32_t i = 0; i < used && i < geometry.conns; i++)
 		atomic_store_explicit(&table_held(t, row)[i], 0, memory_order_relaxed);
-	row->used = 0;
+	row->used = row->room = 0;
 	atomic_store(&row->requests, 0);
 	atomic_store(&row->taken, 0);
 }
@@ -2575,17 +2706,26 @@ table_address_id(const struct table *t, const struct sockaddr_storage *ss)
 	return hash_keyed(t->seed, word) | 1;
 }
 
+/* A time of the table, when one up to `latest` can have been written by a clock that runs still; else it is of a clock before a
+ * reboot, and long past. */
+static uint64_t
+table_time(const _Atomic uint64_t *ns, uint64_t latest)
+{
+	uint64_t time = atomic_load_explicit(ns, memory_order_relaxed);
+
+	return time <= latest ? time : 0;
+}
+
 /* The slot of an identity: its own, or a free one, or the one whose time lies furthest back. */
 static struct rate_slot *
-table_slot(struct rate_slot *set, uint64_t id)
+table_slot(struct rate_slot *set, uint64_t id, uint64_t latest)
 {
 	for (;;) {
 		struct rate_slot *oldest = &set[0];
 		for (size_t i = 0; i < RATE_WAYS; i++) {
 			if (atomic_load_explicit(&set[i].id, memory_order_relaxed) == id)
 				return &set[i];
-			if (atomic_load_explicit(&set[i].tat_ns, memory_order_relaxed) <
-			    atomic_load_explicit(&oldest->tat_ns, memory_order_relaxed))
+			if (table_time(&set[i].tat_ns, latest) < table_time(&oldest->tat_ns, latest))
 				oldest = &set[i];
 		}
 		uint64_t evicted = atomic_load_explicit(&oldest->id, memory_order_relaxed);
@@ -2605,17 +2745,87 @@ table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_n
 
 	if (interval == 0)
 		return 0;
-	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id);
+	uint64_t latest = now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS;
+	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id, latest);
 	tat = atomic_load_explicit(&slot->tat_ns, memory_order_relaxed);
 	do {
-		uint64_t from = tat > now_ns ? tat : now_ns;
-		if (from > now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS)
-			from = now_ns;      /* of a clock that was restarted since: begun anew */
+		uint64_t from = tat > now_ns && tat <= latest ? tat : now_ns;
 		if (from - now_ns > reach)
 			return from - now_ns - reach;
 		next = from + interval;
 	} while (!atomic_compare_exchange_weak_explicit(&slot->tat_ns, &tat, next, memory_order_relaxed, memory_order_relaxed));
 	return 0;
+}
+
+/* ---- what became of an upstream's addresses ------------------------------------------------------------------ */
+
+static uint64_t
+fate_id(const struct table *t, const struct addr *a)
+{
+	uint64_t word[2] = {a->ss.ss_family, 0xcbf29ce484222325ull};
+
+	for (const char *c = a->text; *c != '\0'; c++)
+		word[1] = (word[1] ^ (unsigned char)*c) * 0x100000001b3ull;
+	return hash_keyed(t->seed, word) | 1;
+}
+
+static struct fate_slot *
+fate_find(struct table *t, uint64_t id)
+{
+	for (size_t i = 0; i < FATES; i++)
+		if (atomic_load_explicit(&t->fate[i].id, memory_order_relaxed) == id)
+			return &t->fate[i];
+	return NULL;
+}
+
+/* Was this address out of reach a short while ago? Then others go first. After its rest the first who asks may try it; to the
+ * others it rests until that one knows. */
+static bool
+fate_rests(struct table *t, const struct addr *a, uint64_t now_ns)
+{
+	struct fate_slot *slot = fate_find(t, fate_id(t, a));
+	uint64_t failed_ns = slot == NULL ? 0 : atomic_load_explicit(&slot->failed_ns, memory_order_relaxed);
+
+	if (failed_ns == 0)
+		return false;
+	if (failed_ns <= now_ns + CLOCK_SKEW_MS * NS_PER_MS && now_ns < failed_ns + FATE_REST_MS * NS_PER_MS)
+		return true;
+	return !atomic_compare_exchange_strong(&slot->failed_ns, &failed_ns, now_ns);
+}
+
+/* It cannot be reached. Takes the place of what is oldest. */
+static void
+fate_failed(struct table *t, const struct addr *a, uint64_t now_ns)
+{
+	uint64_t id = fate_id(t, a);
+	struct fate_slot *slot = fate_find(t, id), *oldest = t->fate;
+
+	for (size_t i = 1; slot == NULL && i < FATES; i++)
+		if (table_time(&t->fate[i].failed_ns, now_ns) < table_time(&oldest->failed_ns, now_ns))
+			oldest = &t->fate[i];
+	if (slot == NULL)
+		atomic_store_explicit(&(slot = oldest)->id, id, memory_order_relaxed);
+	atomic_store_explicit(&slot->failed_ns, now_ns, memory_order_relaxed);
+}
+
+/* It was reached. */
+static void
+fate_reached(struct table *t, const struct addr *a)
+{
+	struct fate_slot *slot = fate_find(t, fate_id(t, a));
+
+	if (slot != NULL && atomic_load_explicit(&slot->failed_ns, memory_order_relaxed) != 0)
+		atomic_store_explicit(&slot->failed_ns, 0, memory_order_relaxed);
+}
+
+/* Is there another worker of this server that has room for a connection? */
+static bool
+table_room_elsewhere(struct table *t, const struct conn_row *own, uint32_t server)
+{
+	for (uint32_t i = 0; i < geometry.rows && server != 0; i++)
+		if (table_row(t, i) != own && atomic_load_explicit(&table_row(t, i)->room, memory_order_relaxed) == server)
+			return true;
+	return false;
 }
 
 /* ---- TLS sessions -------------------------------------------------------------------------------------------- */
@@ -2746,8 +2956,8 @@ static const struct field_name {
 #define NAME(text, id) {id, sizeof(text) - 1, text}
 	NAME("authorization", F_AUTHORIZATION), NAME("api-key", F_API_KEY), NAME("connection", F_CONNECTION),
 	NAME("content-length", F_CONTENT_LENGTH), NAME("expect", F_EXPECT), NAME("forwarded", F_FORWARDED), NAME("host", F_HOST),
-	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("proxy-", F_HOP), NAME("range", F_RANGE),
-	NAME("te", F_TE), NAME("trailer", F_HOP), NAME("transfer-encoding", F_TRANSFER_ENCODING),
+	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("proxy-", F_HOP),
+	NAME("te", F_HOP), NAME("trailer", F_HOP), NAME("transfer-encoding", F_TRANSFER_ENCODING),
 	NAME("true-client-ip", F_FORWARDED), NAME("upgrade", F_UPGRADE), NAME("x-api-key", F_X_API_KEY),
 	NAME("x-client-ip", F_FORWARDED), NAME("x-cluster-client-ip", F_FORWARDED), NAME("x-forwarded-", F_FORWARDED),
 	NAME("x-real-ip", F_FORWARDED), NAME("x-request-id", F_X_REQUEST_ID),
@@ -3274,14 +3484,8 @@ field_request(struct head *h, const struct field *f)
 	case F_UPGRADE:
 		h->upgrade_websocket = slice_like(f->value, S("websocket"));
 		return 1;
-	case F_TE:
-		h->te_trailers = slice_like(f->value, S("trailers"));
-		return 1;
 	case F_X_REQUEST_ID:
 		h->request_id = f->value;
-		return 1;
-	case F_RANGE:
-		h->has_range = true;
 		return 1;
 	default:
 		return 1;
@@ -3671,14 +3875,13 @@ struct forward {
 	struct slice proto;          /* http or https */
 	struct slice id;             /* X-Request-Id */
 	bool upgrade;
-	bool close;                  /* the upstream connection serves this request only */
 };
 
 /* Passed on: what is nobody's business but the model's. Never a credential, never what we set ourselves. */
 static bool
 head_passes(const struct head *h, const struct field *f)
 {
-	return (f->id == F_OTHER || f->id == F_RANGE) && !head_option_names(h, f->name);
+	return f->id == F_OTHER && !head_option_names(h, f->name);
 }
 
 static bool
@@ -3705,15 +3908,8 @@ head_wants_length(const struct head *h)
 	return head_method_among(h, METHODS, LENGTH(METHODS));
 }
 
-/* A body that some servers take for the next request: it goes on a connection where there is none. */
-static bool
-head_hides_body(const struct head *h)
-{
-	return head_has_body(h) && (h->has_range || !head_wants_length(h));
-}
-
-/* Would a parser behind us stop at this head, and take its body for the next request? The smallest limits are those of
- * cpp-httplib, which serves llama-server. 0, or the status of the refusal with h->why. */
+/* Would a parser behind us stop at this head before it has seen `Connection: close`, and take its body for the next request?
+ * The smallest limits are those of cpp-httplib, which serves llama-server. 0, or the status of the refusal with h->why. */
 static int
 head_unsafe(struct head *h)
 {
@@ -3739,7 +3935,8 @@ head_unsafe(struct head *h)
 	return fields > FIELDS_MAX ? -head_bad(h, 431, "a request with a body has more than 88 fields") : 0;
 }
 
-/* Writes the request head anew for the upstream. [r20] */
+/* Writes the request head anew for the upstream, which is to end the connection with its answer: `close` stands alone, since
+ * some servers know no list there. [r20] */
 static void
 head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 {
@@ -3759,14 +3956,7 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 		put_length(o, h->length);
 	if (h->expect_continue && h->minor == 1)
 		put_field(o, S("Expect"), S("100-continue"));
-	if (h->te_trailers && !to->close)
-		put_field(o, S("TE"), S("trailers"));
-	if (to->upgrade)
-		out_text(o, "Upgrade: websocket\r\nConnection: upgrade\r\n");
-	else if (to->close)
-		put_field(o, S("Connection"), S("close"));
-	else if (h->te_trailers)
-		out_text(o, "Connection: TE\r\n");
+	out_text(o, to->upgrade ? "Upgrade: websocket\r\nConnection: upgrade\r\n" : "Connection: close\r\n");
 	put_field(o, S("X-Real-IP"), to->addr);
 	put_field(o, S("X-Forwarded-For"), to->addr);
 	put_field(o, S("X-Forwarded-Proto"), to->proto);
@@ -3829,7 +4019,7 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 	out_bytes(o, "\r\n", 2);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
-		bool ours = f->id == F_HOP || f->id == F_TE || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
+		bool ours = f->id == F_HOP || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
 		            f->id == F_CONNECTION || f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
 		if (!ours && !head_option_names(h, f->name))
 			put_field(o, f->name, f->value);
@@ -3883,6 +4073,8 @@ static const struct reason_row {
 	[R_CLIENT_CLOSED] = {499, "client_closed", "", "", "", ""},
 	[R_CLIENT_CUT] = {499, "client_cut", "", "", "", ""},
 	[R_CLIENT_STALLED] = {499, "client_stalled", "", "", "", ""},
+	[R_UPSTREAM_UNKNOWN] = {502, "upstream_unknown", "bad_gateway", "server_error", "api_error",
+	    "the address of the model server at % cannot be found: look at the name server, or correct --upstream"},
 	[R_UPSTREAM_REFUSED] = {502, "upstream_refused", "bad_gateway", "server_error", "api_error",
 	    "cannot connect to the model server at %: start it, or correct --upstream"},
 	[R_UPSTREAM_CONNECT_TIMEOUT] = {504, "upstream_connect_timeout", "gateway_timeout", "server_error", "api_error",
@@ -4690,6 +4882,28 @@ pair_load(const char *cert, const char *key, uint64_t now_s, struct mistake *m)
 
 /* ---- TLS ----------------------------------------------------------------------------------------------------- */
 
+static int
+entropy_feed(const br_prng_class **generator)
+{
+	unsigned char seed[32];
+	bool good = getentropy(seed, sizeof seed) == 0;
+
+	if (good)
+		(*generator)->update(generator, seed, sizeof seed);
+	wipe(seed, sizeof seed);
+	return good;
+}
+
+/* In place of BearSSL's own, which each engine asks anew: it takes RDRAND, or opens /dev/urandom, which a worker cannot. An
+ * engine that gets none does not start, and its link is refused. */
+br_prng_seeder
+br_prng_seeder_system(const char **name)
+{
+	if (name != NULL)
+		*name = "getentropy";
+	return entropy_feed;
+}
+
 /* What the TLS links of a worker share. */
 struct tls {
 	const br_ssl_session_cache_class *cache;   /* first: BearSSL hands its address back to us */
@@ -4715,8 +4929,7 @@ struct tls_link {
 	unsigned char in[TLS_IN], out[TLS_OUT];
 };
 
-enum { STAGE = 32768, PAGE = 4096, TLS_PLACE = (sizeof(struct tls_link) + PAGE - 1) / PAGE * PAGE,
-	TLS_KEEP = (offsetof(struct tls_link, in) / PAGE + 2) * PAGE - offsetof(struct tls_link, in) };   /* bytes of `in` up to a page's end */
+enum { STAGE = 32768, TLS_KEEP = 4096 };     /* at least so many bytes of `in` keep their memory */
 
 /* What suits the processor: each constant-time, the faster one where there are two. */
 #if defined(__x86_64__)
@@ -4798,8 +5011,8 @@ tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 {
 	struct tls *home = map_new(sizeof *home, MAP_PRIVATE);
 
-	home->links = pool_new(max, TLS_PLACE);
-	madvise(home->links.mem, max * TLS_PLACE, MADV_DONTDUMP);
+	home->links = pool_new(max, page_round(sizeof(struct tls_link)));
+	madvise(home->links.mem, max * home->links.each, MADV_DONTDUMP);
 	home->cache = &SESSION_CACHE;
 	home->pair = pair;
 	home->sessions = sessions;
@@ -4865,6 +5078,19 @@ tls_drop(struct link *l)
 	l->tls = NULL;
 }
 
+/* Gives the system the memory of links that ended. */
+static void
+tls_trim(struct tls *home)
+{
+	pool_trim(&home->links);
+}
+
+static bool
+tls_warm(const struct tls *home)
+{
+	return pool_warm(&home->links);
+}
+
 /* ---- links --------------------------------------------------------------------------------------------------- */
 
 enum { LINK_END = 0, LINK_AGAIN = -1, LINK_FAILED = -2, LINK_PLAIN = -3 };
@@ -4904,7 +5130,8 @@ socket_write(struct link *l, const void *p, size_t n)
 	}
 	if (done >= 0)
 		return done;
-	return errno == EAGAIN || errno == ENOBUFS ? LINK_AGAIN : LINK_FAILED;
+	/* ENOTCONN: other systems than Linux say so while the connection is not there yet */
+	return errno == EAGAIN || errno == ENOBUFS || errno == ENOTCONN ? LINK_AGAIN : LINK_FAILED;
 }
 
 /* Sends the records that are ready: 1 all of them, LINK_AGAIN or LINK_FAILED. */
@@ -5028,7 +5255,7 @@ tls_read(struct link *l, char *p, size_t room)
 
 	for (int pulls = 0; pulls < PULLS_MAX && done < room && (l->seen & SEEN_READ) && !t->cut &&
 	    br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC; pulls++) {
-		ssize_t n = room - done >= TLS_RECORD + PAGE ? tls_pull_many(l, p, room, &done) : tls_pull(l);
+		ssize_t n = room - done >= TLS_RECORD + TLS_KEEP ? tls_pull_many(l, p, room, &done) : tls_pull(l);
 		if (n <= 0)
 			break;
 		done += tls_take(t, p + done, room - done);
@@ -5113,22 +5340,18 @@ link_await(struct link *l, size_t n)
 	l->seen &= (short)~POLLIN;
 }
 
-/* The link speaks TLS from now on, its handshake comes first. False: there are no random bytes for it. */
+/* The link speaks TLS from now on, its handshake comes first. False: link_error() tells why not. */
 static bool
 link_secure(struct link *l, struct tls *home)
 {
 	struct tls_link *t = l->tls = pool_take(&home->links);
-	unsigned char seed[32];
 
 	if (t == NULL)
-		return false;
+		abort();                     /* there is one for each connection */
 	memset(t, 0, offsetof(struct tls_link, in));
 	t->home = home;
 	tls_profile(t);
 	br_ssl_engine_set_buffers_bidi(&t->sc.eng, t->in, sizeof t->in, t->out, sizeof t->out);
-	if (getentropy(seed, sizeof seed) == 0)      /* besides what the engine finds for itself */
-		br_ssl_engine_inject_entropy(&t->sc.eng, seed, sizeof seed);
-	wipe(seed, sizeof seed);
 	return br_ssl_server_reset(&t->sc) == 1;
 }
 
@@ -5268,6 +5491,40 @@ link_discard(struct link *l, char *waste, size_t room)
 	return socket_read(l, waste, room);
 }
 
+/* The kernel asks a silent peer whether it is there, and gives up one that acknowledges nothing: who vanished without a word, in
+ * silence or in the middle of a stream, is known within a minute. What a listener is told, connections inherit. */
+static void
+socket_vigil(int fd)
+{
+	const struct { int level, name, value; } options[] = {
+		{SOL_SOCKET, SO_KEEPALIVE, 1}, {IPPROTO_TCP, TCP_KEEPIDLE, PROBE_FIRST_S}, {IPPROTO_TCP, TCP_KEEPINTVL, PROBE_EVERY_S},
+		{IPPROTO_TCP, TCP_KEEPCNT, PROBES},
+#ifdef TCP_USER_TIMEOUT
+		{IPPROTO_TCP, TCP_USER_TIMEOUT, GONE_MS},
+#endif
+	};
+
+	for (size_t i = 0; i < LENGTH(options); i++)
+		setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof options[i].value);
+}
+
+/* The peer takes nothing, and has acknowledged all that it got: it lives, is busy, and may be so for longer than a minute. */
+static void
+link_bear(const struct link *l)
+{
+#ifdef TCP_USER_TIMEOUT
+	struct tcp_info info;
+	socklen_t n = sizeof info;
+	int never = 0;
+
+	memset(&info, 0, sizeof info);
+	if (getsockopt(l->fd, IPPROTO_TCP, TCP_INFO, &info, &n) == 0 && info.tcpi_unacked == 0)
+		setsockopt(l->fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &never, sizeof never);
+#else
+	(void)l;
+#endif
+}
+
 /* Starts connecting; -1 with errno when that failed at once. */
 static int
 link_connect(struct link *l, const struct addr *to)
@@ -5278,6 +5535,8 @@ link_connect(struct link *l, const struct addr *to)
 		return -1;
 	if (to->ss.ss_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (!addr_loopback(to))              /* nothing on this machine vanishes without a word */
+		socket_vigil(fd);
 	if (connect(fd, (const struct sockaddr *)&to->ss, to->len) != 0 && errno != EINPROGRESS) {
 		int error = errno;
 		close(fd);
@@ -5288,14 +5547,6 @@ link_connect(struct link *l, const struct addr *to)
 	return 0;
 }
 
-/* Has the other side ended, or said something that nobody asked for? Of plain links only. */
-static bool
-link_spent(const struct link *l)
-{
-	char byte;
-
-	return recv(l->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 || errno != EAGAIN;
-}
 
 /* Says that nothing more will be sent: close_notify, then the end. A blocked link has to be shut again later. */
 static void
@@ -5316,15 +5567,15 @@ static void
 link_rest(struct link *l)
 {
 	struct tls_link *t = l->tls;
-	size_t need;
+	size_t need, at = page_round(offsetof(struct tls_link, in) + TLS_KEEP), kept = at - offsetof(struct tls_link, in);
 
-	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) ||
+	if (t == NULL || kept >= TLS_IN || (t->most_in <= kept && t->most_out <= TLS_KEEP) ||
 	    br_ssl_engine_sendrec_buf(&t->sc.eng, &need) != NULL ||  /* records on their way out, an alert among them */
 	    br_ssl_engine_recvrec_buf(&t->sc.eng, &need) != t->in)   /* the beginning of a record, or bytes that nobody took */
 		return;
-	if (madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED) != 0)
-		return;                      /* pages larger than PAGE: nothing went, and all of it is still to be wiped */
-	t->most_in = t->most_in < TLS_KEEP ? t->most_in : TLS_KEEP;
+	if (madvise((char *)t + at, t->home->links.each - at, MADV_DONTNEED) != 0)
+		return;                      /* nothing went, and all of it is still to be wiped */
+	t->most_in = t->most_in < kept ? t->most_in : (uint32_t)kept;
 	t->most_out = 0;
 }
 
@@ -5350,7 +5601,7 @@ link_close(struct link *l, bool reset)
  * Owns: one client connection: state table, two one-way pipes, admission, the end
  * Calls: BASICS, LOG, CONFIG (addresses, trusted networks, digests), KEYS, TABLE, HTTP, LINK
  * Promises: no byte goes upstream before conn_admit() said yes to the request that it belongs to; an upstream connection
- *           serves one client connection and dies with it
+ *           carries that one request and ends with it
  * Never: closes anything outside conn_close() but its own upstream link
  * ============================================================================================================= */
 
@@ -5367,7 +5618,6 @@ pipe_empty(struct pipe *p)
 {
 	p->mem = NULL;
 	p->start = p->ready = p->raw = p->end = SLACK;
-	p->keep = false;
 }
 
 /* Forgets what the pipe holds. */
@@ -5386,15 +5636,13 @@ pipe_drop(struct worker *w, struct pipe *p)
 static void
 pipe_settle(struct worker *w, struct pipe *p)
 {
-	uint32_t from = p->keep ? p->kept : p->start;
-
 	if (p->mem == NULL)
 		return;
-	if (from == p->ready && p->raw == p->end)
+	if (p->start == p->ready && p->raw == p->end)
 		pipe_drop(w, p);
 	else if (pipe_on_scratch(w, p)) {
 		char *buf = pool_take(&w->bufs);
-		memcpy(buf + from, p->mem + from, p->end - from);
+		memcpy(buf + p->start, p->mem + p->start, p->end - p->start);
 		wipe(p->mem + p->raw, p->end - p->raw);      /* a head that is not whole, or the next one's, with its key */
 		p->mem = buf;
 	}
@@ -5418,7 +5666,7 @@ pipe_fill(struct worker *w, struct pipe *p, struct link *from)
 {
 	if (p->mem == NULL)
 		p->mem = w->scratch[p->side][0];
-	if (p->raw == p->end && !pipe_waits(p) && !p->keep)
+	if (p->raw == p->end && !pipe_waits(p))
 		p->start = p->ready = p->raw = p->end = SLACK;
 	if (p->raw > SLACK && p->end - SLACK > RAW_MAX - RAW_MAX / 4) {
 		uint32_t rest = p->end - p->raw, stale = rest < p->raw - SLACK ? rest : p->raw - SLACK;
@@ -5445,7 +5693,7 @@ pipe_run(struct pipe *p)
 		return false;
 	p->raw += (uint32_t)used;
 	p->in += (uint64_t)used;
-	if (!pipe_waits(p) && !p->keep)
+	if (!pipe_waits(p))
 		p->start = p->ready = (uint32_t)(out - p->mem);
 	else if (out != p->mem + p->ready)
 		memmove(p->mem + p->ready, out, n);
@@ -5487,7 +5735,7 @@ pipe_built(struct worker *w, struct pipe *p, const struct out *o)
 	struct pipe old = *p;
 
 	p->mem = mem;
-	p->start = p->kept = SLACK;
+	p->start = SLACK;
 	p->ready = SLACK + (uint32_t)o->n;
 	p->raw = p->ready + SLACK;
 	p->end = p->raw + rest;
@@ -5532,7 +5780,6 @@ pipe_move(struct worker *w, struct pipe *p, struct link *from, struct link *to)
 			return MOVE_DONE;
 		if (reads == MOVES_MAX || !link_readable(from))
 			return MOVE_WAIT;
-		p->keep = false;     /* a request whose body still comes cannot be sent once more */
 		ssize_t n = pipe_fill(w, p, from);
 		if (n == LINK_AGAIN)
 			return MOVE_WAIT;
@@ -5613,7 +5860,7 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 		*client |= resp_waits ? POLLOUT : 0;
 		*client |= !req_waits && !c->req.body.done && !c->req.broken ? POLLIN : 0;
 		*client |= c->req.body.done && link_looks_ahead(&c->client) ? POLLIN : 0;
-		*upstream = resp_waits ? 0 : POLLIN;
+		*upstream = resp_waits ? 0 : POLLIN | POLLRDHUP;
 		*upstream |= req_waits && !c->req.broken ? POLLOUT : 0;
 		break;
 	case S_TUNNEL:
@@ -5630,6 +5877,30 @@ conn_interest(const struct conn *c, short *client, short *upstream)
 	}
 }
 
+/* Is there an upstream connection that carried its request, and only waits for its end? */
+static bool
+conn_spent(const struct conn *c)
+{
+	return c->request == NULL && c->upstream.fd >= 0;
+}
+
+/* The upstream connection is over. An end that is ours to make is a reset: nobody waits for bytes of it, no port is held for a
+ * minute, and a server that still works for it hears so at once. A tunnel's last words may still be on their way. */
+static void
+conn_leave_upstream(struct conn *c)
+{
+	bool ended = (c->upstream.seen & (POLLIN | SEEN_GONE)) != 0;
+
+	link_close(&c->upstream, !ended && c->state != S_TUNNEL);
+}
+
+static void
+conn_hasten(struct conn *c, uint64_t deadline_ns)
+{
+	if (c->deadline_ns > deadline_ns)
+		c->deadline_ns = deadline_ns;
+}
+
 /* The deadline of the state begins anew: it was entered, or bytes moved. A request body has a second one, the end of the
  * stretch of time in which it has to make its way. */
 static void
@@ -5640,8 +5911,12 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
-	if (w->stopping && c->state == S_IDLE && c->deadline_ns > w->now_ns + STOP_IDLE_MS * NS_PER_MS)
-		c->deadline_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
+	if (w->stopping && c->request == NULL)
+		conn_hasten(c, w->now_ns + (c->state == S_IDLE ? STOP_IDLE_MS : STOP_HALF_MS) * NS_PER_MS);
+	if (c->state == S_CONNECT)
+		conn_hasten(c, c->upstream.fd >= 0 ? c->request->connect_ns : w->now_ns + CONNECT_AGAIN_MS * NS_PER_MS);
+	if (conn_spent(c))
+		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
 	if (c->state == S_SEND) {
 		c->request->idle_ns = c->deadline_ns;
 		if (c->request->stretch_ns < c->deadline_ns)
@@ -5649,6 +5924,14 @@ conn_touch(struct worker *w, struct conn *c)
 	}
 	if (c->deadline_ns < w->sweep_ns)
 		w->sweep_ns = c->deadline_ns;
+}
+
+/* What only waited for its end is over: the time of the state begins now. */
+static void
+conn_upstream_over(struct worker *w, struct conn *c)
+{
+	conn_leave_upstream(c);
+	conn_touch(w, c);
 }
 
 static void
@@ -5790,8 +6073,7 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 		memcpy(r->path, h->path.p, r->path_len);
 	request_id(w, r, h->request_id);
 	r->head_method = slice_equal(h->method, S("HEAD"));
-	r->safe_again = r->head_method || slice_equal(h->method, S("GET")) || slice_equal(h->method, S("OPTIONS")) ||
-	                slice_equal(h->method, S("PUT")) || slice_equal(h->method, S("DELETE"));
+
 	c->req.body = head_body(h);
 	r->close = h->close || (h->minor == 0 && !h->keep_alive) || w->draining;
 	r->expects = h->expect_continue && !c->req.body.done;
@@ -5849,18 +6131,19 @@ request_abandon(struct worker *w, struct conn *c, enum reason reason)
 	return STEP_CLOSE;
 }
 
-/* After a whole answer: the next request, or the end, which lingers. [r21] */
+/* After a whole answer: the next request, or the end, which lingers. The upstream was told to end its connection: where it has
+ * not yet, that is waited for meanwhile, since who ends first holds the port for a minute. [r21, r27] */
 static enum step
 request_next(struct worker *w, struct conn *c, bool close_it)
 {
-	c->upstream_turn = w->turn;
+	if (c->upstream.seen & (POLLIN | SEEN_GONE))
+		conn_leave_upstream(c);
 	if (!close_it) {
 		if (c->req.raw == c->req.end)
 			link_rest(&c->client);
 		conn_enter(w, c, S_IDLE);
 		return c->req.raw < c->req.end ? STEP_AGAIN : STEP_WAIT;
 	}
-	link_close(&c->upstream, false);
 	pipe_drop(w, &c->req);
 	link_shut(&c->client);
 	conn_enter(w, c, S_LINGER);
@@ -5873,7 +6156,6 @@ request_swallow(struct conn *c)
 {
 	struct pipe *p = &c->req;
 
-	p->keep = false;
 	p->start = p->ready;
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return false;
@@ -5917,7 +6199,7 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 static enum step
 conn_refuse_upstream(struct worker *w, struct conn *c, enum reason reason)
 {
-	link_close(&c->upstream, false);
+	conn_leave_upstream(c);
 	c->request->detail = config.upstream.text;
 	return conn_refuse(w, c, reason);
 }
@@ -5942,6 +6224,8 @@ step_linger(struct worker *w, struct conn *c)
 	char *waste = w->scratch[0][0];
 	ssize_t n = LINK_AGAIN;
 
+	if (c->upstream.seen != 0)
+		conn_upstream_over(w, c);
 	if (c->client.blocked)
 		link_shut(&c->client);
 	if (link_piped(&c->client))
@@ -6083,8 +6367,10 @@ step_tls(struct worker *w, struct conn *c)
 static enum step
 conn_begin(struct worker *w, struct conn *c)
 {
-	if (c->secure && !link_secure(&c->client, w->tls))
+	if (c->secure && !link_secure(&c->client, w->tls)) {
+		conn_tell_tls(w, c);
 		return STEP_CLOSE;
+	}
 	if (!c->secure && c->refused != R_NONE)
 		return conn_turn_away(w, c, c->refused);
 	conn_enter(w, c, c->secure ? S_TLS : S_OPEN);
@@ -6138,36 +6424,58 @@ step_new(struct worker *w, struct conn *c)
 	return conn_begin(w, c);
 }
 
-/* Connects to the upstream's next address that takes the attempt. */
+/* Chooses an address that this request has not tried: the first that does not rest, else the first. None left: `addrs`. */
+static void
+conn_choose(struct worker *w, struct conn *c)
+{
+	const struct upstream *u = &config.upstream;
+	struct request *r = c->request;
+	unsigned first = u->addrs;
+
+	for (r->address = 0; r->address < u->addrs; r->address++) {
+		if (r->tried >> r->address & 1)
+			continue;
+		first = first < u->addrs ? first : r->address;
+		if (u->addrs == 1 || !fate_rests(w->table, &u->addr[r->address], w->now_ns))
+			break;
+	}
+	r->address = (uint8_t)(r->address < u->addrs ? r->address : first);
+	r->connect_ns = w->now_ns + config.connect_ms * NS_PER_MS;
+}
+
+/* The address that was tried does not take the connection. */
+static void
+conn_address_failed(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+
+	if (config.upstream.addrs > 1)
+		fate_failed(w->table, &config.upstream.addr[r->address], w->now_ns);
+	r->tried |= (uint8_t)(1u << r->address);
+	conn_choose(w, c);
+}
+
+/* Connects to the chosen address, or the next that takes the attempt. A unix socket whose queue is full is tried again. */
 static enum step
 conn_connect(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 
-	link_close(&c->upstream, false);
-	for (; r->address < config.upstream.addrs; r->address++) {
-		w->connect_failed |= r->address > 0;
-		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0) {
+	conn_leave_upstream(c);
+	for (; r->address < config.upstream.addrs; conn_address_failed(w, c)) {
+		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0 || errno == EAGAIN) {
 			conn_enter(w, c, S_CONNECT);
-			return STEP_AGAIN;
+			return c->upstream.fd >= 0 ? STEP_AGAIN : STEP_WAIT;
 		}
-		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM || errno == EADDRNOTAVAIL) {
 			r->retry_ms = 1000;
 			return conn_refuse(w, c, R_FULL);
 		}
 	}
 	w->connect_failed = true;
-	return conn_refuse_upstream(w, c, R_UPSTREAM_REFUSED);
+	return conn_refuse_upstream(w, c, config.upstream.addrs > 0 ? R_UPSTREAM_REFUSED : R_UPSTREAM_UNKNOWN);
 }
 
-/* Is the connection of the last request still good? Poll looked at it in this turn, unless it was used in this turn. */
-static bool
-conn_upstream_good(const struct worker *w, const struct conn *c)
-{
-	if (c->upstream.fd < 0 || c->upstream.seen != 0)
-		return false;
-	return c->upstream_turn != w->turn || !link_spent(&c->upstream);
-}
 
 /* An admitted request: its head is written anew and goes to the upstream. */
 static enum step
@@ -6177,10 +6485,9 @@ conn_forward(struct worker *w, struct conn *c)
 	struct out o = pipe_build(w, &c->req);
 	bool https = c->client.tls != NULL || (c->trusted && head_forwarded_https(&w->head));
 	struct forward to = {.host = slice_of(config.upstream.host), .addr = slice_of(c->addr), .proto = https ? S("https") : S("http"),
-	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head), .close = head_hides_body(&w->head)};
+	    .id = {r->id, r->id_len}, .upgrade = head_upgrades(&w->head)};
 
 	r->upgrade = to.upgrade;
-	r->upstream_close = to.close;
 	head_rewrite(&w->head, &to, &o);
 	if (o.full) {
 		r->detail = "the head is too long to be passed on";
@@ -6188,12 +6495,8 @@ conn_forward(struct worker *w, struct conn *c)
 		return conn_refuse(w, c, R_HEAD_LONG);
 	}
 	pipe_built(w, &c->req, &o);
-	if (!conn_upstream_good(w, c))
-		return conn_connect(w, c);
-	r->reused = r->connected = true;
-	c->req.keep = r->safe_again;
-	conn_enter(w, c, S_SEND);
-	return STEP_AGAIN;
+	conn_choose(w, c);
+	return conn_connect(w, c);
 }
 
 /* S_OPEN, S_IDLE and S_HEAD: until a head is whole. */
@@ -6202,8 +6505,8 @@ step_head(struct worker *w, struct conn *c)
 {
 	int n = MORE;
 
-	if (c->upstream.fd >= 0 && c->upstream.seen != 0)
-		link_close(&c->upstream, false);   /* it ended, or said something unasked [r26] */
+	if (c->upstream.seen != 0)
+		conn_upstream_over(w, c);          /* it ended, or said something unasked [r26] */
 	if (c->req.raw < c->req.end)
 		n = head_parse(&w->head, pipe_raw(&c->req));
 	if (n < 0 && head_is_tls(pipe_raw(&c->req)))
@@ -6254,34 +6557,22 @@ step_connect(struct worker *w, struct conn *c)
 
 	if (c->client.seen & SEEN_GONE && (left = conn_left(c)) != R_NONE)
 		return request_abandon(w, c, left);
+	if (c->upstream.fd < 0)
+		return STEP_WAIT;
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
-	if (pipe_flush(p, &c->upstream) < 0) {
-		if (p->out > before)
-			return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
-		c->request->address++;
+	if (pipe_flush(p, &c->upstream) < 0 && p->out == before) {
+		conn_address_failed(w, c);
 		return conn_connect(w, c);
 	}
 	if (p->out == before)
 		return STEP_WAIT;
+	if (config.upstream.addrs > 1)
+		fate_reached(w->table, &config.upstream.addr[c->request->address]);
 	c->request->connected = true;
+	request_stretch(w, c);
 	conn_enter(w, c, S_SEND);
 	return STEP_AGAIN;
-}
-
-/* The upstream ended before it said anything. Sent once more when that cannot do harm twice [RFC 9110 9.2.2]. [r27] */
-static enum step
-conn_upstream_died(struct worker *w, struct conn *c)
-{
-	struct request *r = c->request;
-
-	if (!r->reused || !c->req.keep || c->resp.raw < c->resp.end || r->interim > 0)
-		return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
-	r->reused = false;
-	c->req.start = c->req.kept;
-	c->req.keep = c->req.broken = false;
-	pipe_drop(w, &c->resp);
-	return conn_connect(w, c);
 }
 
 /* After the answer head went out there is no other way to say that something is wrong than to cut. A close-delimited
@@ -6361,7 +6652,6 @@ relay_tunnel(struct worker *w, struct conn *c)
 	answer_rewrite(&w->head, &bytes, r->minor, S("upgrade"), (struct slice){r->id, r->id_len}, &o);
 	pipe_built(w, &c->resp, &o);
 	c->req.body = c->resp.body = bytes;
-	c->req.keep = false;
 	conn_enter(w, c, S_TUNNEL);
 	return STEP_AGAIN;
 }
@@ -6378,10 +6668,8 @@ relay_final(struct worker *w, struct conn *c)
 	b.form = (uint8_t)answer_form(&b, r->minor);
 	r->status = (uint16_t)h->status;
 	r->first_ns = w->now_ns;
-	r->upstream_close |= h->close || h->minor == 0 || b.kind == BODY_CLOSE;
-	if (!c->req.body.done && (c->req.broken || r->upstream_close))
-		r->close = true;
-	if (w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
+	/* an answer that comes before the request's body is whole ends both connections [r30] */
+	if (!c->req.body.done || w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
 		r->close = true;
 	struct slice connection = r->close ? S("close") : r->minor == 0 ? S("keep-alive") : S("");
 	answer_rewrite(h, &b, r->minor, connection, (struct slice){r->id, r->id_len}, &o);
@@ -6389,7 +6677,6 @@ relay_final(struct worker *w, struct conn *c)
 		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
 	pipe_built(w, &c->resp, &o);
 	c->resp.body = b;
-	c->req.keep = false;
 	conn_enter(w, c, S_RELAY);
 	return STEP_AGAIN;
 }
@@ -6414,7 +6701,7 @@ relay_answer_head(struct worker *w, struct conn *c)
 		if (got == LINK_AGAIN)
 			return STEP_WAIT;
 		if (got == LINK_END || got == LINK_FAILED)
-			return conn_upstream_died(w, c);
+			return conn_refuse_upstream(w, c, R_UPSTREAM_CLOSED);
 	}
 	if (n == MORE)
 		return STEP_WAIT;
@@ -6426,22 +6713,15 @@ relay_answer_head(struct worker *w, struct conn *c)
 	return w->head.status < 200 ? relay_interim(w, c) : relay_final(w, c);
 }
 
-/* The answer is whole. A request whose body is not goes on while the upstream takes it. [r30] */
+/* The answer is whole, and with it the upstream connection is over: what of the request is still on its way there, and what came
+ * behind the answer, is nobody's. [r26, r30] */
 static enum step
 relay_done(struct worker *w, struct conn *c)
 {
-	struct request *r = c->request;
-	bool request_whole = c->req.body.done && !pipe_waits(&c->req);
+	bool close_it = c->request->close;
 
-	if (!request_whole) {
-		if (!c->req.broken && !r->upstream_close && !(c->upstream.seen & SEEN_READ))
-			return STEP_WAIT;
-		r->close = r->upstream_close = true;
-	}
-	if (r->upstream_close || c->resp.raw < c->resp.end)   /* bytes that nobody asked for [r26] */
-		link_close(&c->upstream, false);
+	c->req.start = c->req.ready;
 	pipe_drop(w, &c->resp);
-	bool close_it = r->close;
 	request_end(w, c, R_NONE);
 	return request_next(w, c, close_it);
 }
@@ -6504,9 +6784,8 @@ step_tunnel(struct worker *w, struct conn *c)
 	if (up == MOVE_WAIT && down == MOVE_WAIT)
 		return STEP_WAIT;
 	request_end(w, c, R_NONE);
-	if (down != MOVE_DONE)
-		return STEP_CLOSE;
-	return request_next(w, c, true);
+	conn_leave_upstream(c);
+	return down == MOVE_DONE ? request_next(w, c, true) : STEP_CLOSE;
 }
 
 /* ---- the whole connection ------------------------------------------------------------------------------------ */
@@ -6518,7 +6797,7 @@ conn_close(struct worker *w, struct conn *c)
 	if ((c->state == S_IDLE || c->state == S_OPEN) && c->client.tls != NULL)
 		link_shut(&c->client);       /* nothing is cut by this end, and TLS says so */
 	link_close(&c->client, c->reset);
-	link_close(&c->upstream, false);
+	conn_leave_upstream(c);
 	pipe_drop(w, &c->req);
 	pipe_drop(w, &c->resp);
 	waiting_remove(c);
@@ -6625,22 +6904,25 @@ static enum step
 late_head(struct worker *w, struct conn *c, enum reason reason)
 {
 	head_clear(&w->head);
-	return conn_refuse_head(w, c, reason);
+	return conn_refuse_head(w, c, w->stopping ? R_DRAIN : reason);
 }
 
-/* The upstream's name may have another address. */
+/* Another try at a full unix socket, or another address. */
 static enum step
 late_connect(struct worker *w, struct conn *c, enum reason reason)
 {
-	if (c->request->address + 1u >= config.upstream.addrs)
-		return conn_refuse_upstream(w, c, reason);
-	c->request->address++;
-	return conn_connect(w, c);
+	if (w->now_ns < c->request->connect_ns)
+		return conn_connect(w, c);
+	conn_address_failed(w, c);
+	w->connect_failed |= c->request->address >= config.upstream.addrs;
+	return c->request->address < config.upstream.addrs ? conn_connect(w, c) : conn_refuse_upstream(w, c, reason);
 }
 
 static enum step
 late_send(struct worker *w, struct conn *c, enum reason reason)
 {
+	if (pipe_waits(&c->req))
+		link_bear(&c->upstream);
 	if (request_moves(w, c))
 		return STEP_WAIT;
 	c->request->close = true;
@@ -6658,8 +6940,12 @@ static void
 conn_late(struct worker *w, struct conn *c)
 {
 	const struct state_row *row = &STATES[c->state];
-	enum step step = row->late(w, c, row->reason);
 
+	if (conn_spent(c)) {                 /* an upstream that does not end as it was told to */
+		conn_upstream_over(w, c);
+		return;
+	}
+	enum step step = row->late(w, c, row->reason);
 	if (step == STEP_CLOSE)
 		conn_end(w, c, row->reason);
 	else if (step == STEP_AGAIN)
@@ -6671,9 +6957,21 @@ conn_late(struct worker *w, struct conn *c)
  * Owns: what a process may not do any more: user, root directory, limits, Landlock, seccomp; the looking up of names, which
  *       is done in a child of that kind
  * Calls: BASICS, CONFIG (the user, the upstream, addresses)
- * Promises: a process that serves cannot open, execute, fork, trace or become root; what the kernel lacks is told
+ * Promises: a process that serves cannot open, execute, fork, trace or become root, and ends when it tries; another call than
+ *           those that it is made of fails, and is no end of it; what the kernel lacks is told
  * Never: lets a worker of a server that was started as root serve as root
  * ============================================================================================================= */
+
+/* Where the upstream's unix socket is seen from inside that directory. */
+static void
+sandbox_upstream(void)
+{
+	struct sockaddr_un *un = (struct sockaddr_un *)&config.upstream.addr[0].ss;
+	const char *slash = strrchr(un->sun_path, '/');
+
+	if (un->sun_family == AF_UNIX && slash != NULL)
+		memmove(un->sun_path, slash, strlen(slash) + 1);
+}
 
 static const struct { unsigned wall; const char *name; } WALLS[] = {
 	{WALL_USER, "user"}, {WALL_ROOT, "chroot"}, {WALL_PRIVILEGES, "no_new_privs"}, {WALL_SECCOMP, "seccomp"},
@@ -6696,131 +6994,121 @@ out_walls(struct out *o, unsigned walls)
 
 #if TINYAUTH_LINUX && !defined(TINYAUTH_NO_SANDBOX)
 
-enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_ALL = 7 };
+enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_SERVING = FOR_WORKER | FOR_RESOLVER, FOR_ALL = 7 };
 
-/* Which role may call what. A worker that calls anything else is killed. The supervisor's list is also that of the binary
- * that USR2 puts in its place, whatever that needs: there a call that is not listed fails as if the kernel lacked it. */
-static const struct { unsigned number : 24, roles : 8; } CALLS[] = {
-	/* what serving is made of */
-	{SYS_recvfrom, FOR_ALL}, {SYS_sendto, FOR_ALL}, {SYS_recvmsg, FOR_ALL}, {SYS_read, FOR_ALL}, {SYS_write, FOR_ALL},
-	{SYS_ppoll, FOR_ALL}, {SYS_epoll_pwait, FOR_ALL}, {SYS_epoll_ctl, FOR_ALL}, {SYS_accept4, FOR_WORKER | FOR_SUPERVISOR},
-	{SYS_socket, FOR_ALL}, {SYS_connect, FOR_ALL}, {SYS_close, FOR_ALL}, {SYS_shutdown, FOR_ALL},
-	{SYS_setsockopt, FOR_ALL}, {SYS_getsockopt, FOR_ALL}, {SYS_getrandom, FOR_ALL},
-	{SYS_madvise, FOR_ALL}, {SYS_munmap, FOR_ALL}, {SYS_fstat, FOR_ALL}, {SYS_rt_sigreturn, FOR_ALL},
-	{SYS_restart_syscall, FOR_ALL}, {SYS_exit, FOR_ALL}, {SYS_exit_group, FOR_ALL},
-	{SYS_fcntl, FOR_ALL},                /* gives a terminal's flags back under -i */
-#ifdef SYS_poll
-	{SYS_poll, FOR_ALL}, {SYS_epoll_wait, FOR_ALL},
-#endif
-#if defined(SYS_newfstatat) && defined(__GLIBC__)
-	{SYS_newfstatat, FOR_ALL},           /* its fstat() */
-#elif defined(SYS_newfstatat)
-	{SYS_newfstatat, FOR_RESOLVER | FOR_SUPERVISOR},
-#endif
+struct call { unsigned number : 24, roles : 8; };
+
+/* What workers, and the child that looks up names, may call: by what our code does with it. What is not here fails as if the
+ * kernel lacked it: libc then takes an older call, or we hear of it. */
+static const struct call CALLS[] = {
+	/* move bytes */
+	{SYS_recvfrom, FOR_SERVING}, {SYS_sendto, FOR_SERVING}, {SYS_recvmsg, FOR_SERVING}, {SYS_read, FOR_SERVING},
+	{SYS_write, FOR_SERVING},
 #ifdef SYS_recv
-	{SYS_recv, FOR_ALL}, {SYS_send, FOR_ALL},
+	{SYS_recv, FOR_SERVING}, {SYS_send, FOR_SERVING},
 #endif
+	/* wait */
+	{SYS_ppoll, FOR_SERVING}, {SYS_epoll_pwait, FOR_WORKER}, {SYS_epoll_ctl, FOR_WORKER}, {SYS_restart_syscall, FOR_SERVING},
+#ifdef SYS_poll
+	{SYS_poll, FOR_SERVING}, {SYS_epoll_wait, FOR_WORKER},
+#endif
+#ifdef SYS_ppoll_time64
+	{SYS_ppoll_time64, FOR_SERVING},
+#endif
+	/* begin and end connections */
+	{SYS_close, FOR_SERVING}, {SYS_socket, FOR_SERVING}, {SYS_connect, FOR_SERVING}, {SYS_accept4, FOR_WORKER},
+	{SYS_shutdown, FOR_SERVING}, {SYS_setsockopt, FOR_SERVING}, {SYS_getsockopt, FOR_SERVING},
+#ifdef SYS_accept
+	{SYS_accept, FOR_WORKER},            /* musl's accept4() tries it where the other said EINVAL */
+#endif
+	/* look at the clock, where the kernel has no page for that */
 #ifdef SYS_clock_gettime
-	{SYS_clock_gettime, FOR_ALL},
+	{SYS_clock_gettime, FOR_SERVING},
 #endif
 #ifdef SYS_clock_gettime32
-	{SYS_clock_gettime32, FOR_ALL},
+	{SYS_clock_gettime32, FOR_SERVING},
 #endif
 #ifdef SYS_clock_gettime64
-	{SYS_clock_gettime64, FOR_ALL}, {SYS_ppoll_time64, FOR_ALL}, {SYS_fstat64, FOR_ALL}, {SYS_fcntl64, FOR_ALL},
-	{SYS_fstatat64, FOR_ALL},
+	{SYS_clock_gettime64, FOR_SERVING},
 #endif
-	/* looking up a name reads files and asks servers */
-	{SYS_openat, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_readv, FOR_RESOLVER | FOR_SUPERVISOR},
-	{SYS_lseek, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_bind, FOR_RESOLVER | FOR_SUPERVISOR},
-	{SYS_sendmsg, FOR_RESOLVER | FOR_SUPERVISOR},
-	{SYS_getsockname, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_rt_sigprocmask, FOR_RESOLVER | FOR_SUPERVISOR},
-	{SYS_brk, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_ioctl, FOR_RESOLVER | FOR_SUPERVISOR},
-	{SYS_futex, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_statx, FOR_RESOLVER | FOR_SUPERVISOR},
+	/* seed TLS, and make up ids */
+	{SYS_getrandom, FOR_SERVING},
+	/* give memory back */
+	{SYS_madvise, FOR_SERVING}, {SYS_munmap, FOR_SERVING},
+	/* look what a new log is: fstat(), which some libcs make of other calls */
+	{SYS_fstat, FOR_SERVING}, {SYS_statx, FOR_SERVING},
+#ifdef SYS_newfstatat
+	{SYS_newfstatat, FOR_SERVING},
+#endif
+#ifdef SYS_fstat64
+	{SYS_fstat64, FOR_SERVING}, {SYS_fstatat64, FOR_SERVING},
+#endif
+	/* give a terminal its flags back under -i */
+	{SYS_fcntl, FOR_SERVING},
+#ifdef SYS_fcntl64
+	{SYS_fcntl64, FOR_SERVING},
+#endif
+	/* return from a signal */
+	{SYS_rt_sigreturn, FOR_SERVING},
+#ifdef SYS_sigreturn
+	{SYS_sigreturn, FOR_SERVING},        /* 32-bit ARM's, from a handler without siginfo */
+#endif
+	/* end */
+	{SYS_exit, FOR_SERVING}, {SYS_exit_group, FOR_SERVING},
+	/* look up a name: read files, ask servers, not for ever */
+	{SYS_openat, FOR_RESOLVER}, {SYS_readv, FOR_RESOLVER}, {SYS_lseek, FOR_RESOLVER}, {SYS_bind, FOR_RESOLVER},
+	{SYS_sendmsg, FOR_RESOLVER}, {SYS_getsockname, FOR_RESOLVER}, {SYS_rt_sigprocmask, FOR_RESOLVER}, {SYS_brk, FOR_RESOLVER},
+	{SYS_ioctl, FOR_RESOLVER}, {SYS_futex, FOR_RESOLVER}, {SYS_setitimer, FOR_RESOLVER},
 #ifdef SYS_open
-	{SYS_open, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_stat, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_open, FOR_RESOLVER}, {SYS_stat, FOR_RESOLVER},
 #endif
-#ifdef SYS_sendmmsg
-	{SYS_sendmmsg, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS_recvmmsg, FOR_RESOLVER | FOR_SUPERVISOR},
+#ifdef SYS_stat64
+	{SYS_stat64, FOR_RESOLVER},
 #endif
+	{SYS_sendmmsg, FOR_RESOLVER}, {SYS_recvmmsg, FOR_RESOLVER},
 #ifdef SYS_mmap
-	{SYS_mmap, FOR_RESOLVER | FOR_SUPERVISOR},
+	{SYS_mmap, FOR_RESOLVER},
 #endif
 #ifdef SYS_mmap2
-	{SYS_mmap2, FOR_RESOLVER | FOR_SUPERVISOR}, {SYS__llseek, FOR_RESOLVER | FOR_SUPERVISOR},
-#endif
-	/* processes, files and descriptors */
-	{SYS_clone, FOR_SUPERVISOR}, {SYS_clone3, FOR_SUPERVISOR}, {SYS_execve, FOR_SUPERVISOR}, {SYS_wait4, FOR_SUPERVISOR},
-	{SYS_waitid, FOR_SUPERVISOR}, {SYS_kill, FOR_SUPERVISOR}, {SYS_tgkill, FOR_SUPERVISOR}, {SYS_tkill, FOR_SUPERVISOR},
-	{SYS_getpid, FOR_SUPERVISOR}, {SYS_getppid, FOR_SUPERVISOR}, {SYS_gettid, FOR_SUPERVISOR},
-	{SYS_set_tid_address, FOR_SUPERVISOR}, {SYS_set_robust_list, FOR_SUPERVISOR}, {SYS_rt_sigaction, FOR_SUPERVISOR},
-	{SYS_sigaltstack, FOR_SUPERVISOR}, {SYS_nanosleep, FOR_SUPERVISOR},
-	{SYS_writev, FOR_SUPERVISOR}, {SYS_pread64, FOR_SUPERVISOR}, {SYS_pwrite64, FOR_SUPERVISOR}, {SYS_dup, FOR_SUPERVISOR},
-	{SYS_dup3, FOR_SUPERVISOR}, {SYS_pipe2, FOR_SUPERVISOR}, {SYS_fsync, FOR_SUPERVISOR}, {SYS_ftruncate, FOR_SUPERVISOR},
-	{SYS_flock, FOR_SUPERVISOR}, {SYS_fchdir, FOR_SUPERVISOR}, {SYS_chdir, FOR_SUPERVISOR}, {SYS_getcwd, FOR_SUPERVISOR},
-	{SYS_readlinkat, FOR_SUPERVISOR}, {SYS_unlinkat, FOR_SUPERVISOR}, {SYS_mkdirat, FOR_SUPERVISOR},
-	{SYS_renameat2, FOR_SUPERVISOR}, {SYS_faccessat, FOR_SUPERVISOR}, {SYS_faccessat2, FOR_SUPERVISOR},
-	{SYS_fchmod, FOR_SUPERVISOR}, {SYS_fchown, FOR_SUPERVISOR}, {SYS_umask, FOR_SUPERVISOR}, {SYS_mprotect, FOR_SUPERVISOR},
-	{SYS_mremap, FOR_SUPERVISOR}, {SYS_memfd_create, FOR_SUPERVISOR}, {SYS_epoll_create1, FOR_SUPERVISOR},
-	{SYS_listen, FOR_SUPERVISOR}, {SYS_accept, FOR_SUPERVISOR}, {SYS_socketpair, FOR_SUPERVISOR},
-	{SYS_getpeername, FOR_SUPERVISOR}, {SYS_uname, FOR_SUPERVISOR}, {SYS_prlimit64, FOR_SUPERVISOR},
-	{SYS_sched_getaffinity, FOR_SUPERVISOR}, {SYS_sched_yield, FOR_SUPERVISOR}, {SYS_getuid, FOR_SUPERVISOR},
-	{SYS_geteuid, FOR_SUPERVISOR}, {SYS_getgid, FOR_SUPERVISOR}, {SYS_getegid, FOR_SUPERVISOR}, {SYS_prctl, FOR_SUPERVISOR},
-	{SYS_setresuid, FOR_SUPERVISOR}, {SYS_setresgid, FOR_SUPERVISOR}, {SYS_setgroups, FOR_SUPERVISOR},
-	{SYS_getresuid, FOR_SUPERVISOR}, {SYS_getresgid, FOR_SUPERVISOR}, {SYS_chroot, FOR_SUPERVISOR},
-	{SYS_capset, FOR_SUPERVISOR}, {SYS_landlock_create_ruleset, FOR_SUPERVISOR}, {SYS_landlock_add_rule, FOR_SUPERVISOR},
-	{SYS_landlock_restrict_self, FOR_SUPERVISOR}, {SYS_seccomp, FOR_SUPERVISOR}, {334 /* rseq, where it is this */, FOR_SUPERVISOR},
-#ifdef SYS_fork
-	{SYS_fork, FOR_SUPERVISOR}, {SYS_vfork, FOR_SUPERVISOR}, {SYS_dup2, FOR_SUPERVISOR}, {SYS_pipe, FOR_SUPERVISOR},
-	{SYS_access, FOR_SUPERVISOR}, {SYS_lstat, FOR_SUPERVISOR}, {SYS_readlink, FOR_SUPERVISOR}, {SYS_unlink, FOR_SUPERVISOR},
-	{SYS_mkdir, FOR_SUPERVISOR}, {SYS_rmdir, FOR_SUPERVISOR}, {SYS_rename, FOR_SUPERVISOR}, {SYS_chmod, FOR_SUPERVISOR},
-#endif
-#ifdef SYS_getrlimit
-	{SYS_getrlimit, FOR_SUPERVISOR},
-#endif
-#ifdef SYS_clock_nanosleep
-	{SYS_clock_nanosleep, FOR_SUPERVISOR},
-#endif
-#ifdef SYS_arch_prctl
-	{SYS_arch_prctl, FOR_SUPERVISOR},
-#endif
-#ifdef SYS_setresuid32
-	{SYS_setresuid32, FOR_SUPERVISOR}, {SYS_setresgid32, FOR_SUPERVISOR}, {SYS_setgroups32, FOR_SUPERVISOR},
-	{SYS_getresuid32, FOR_SUPERVISOR}, {SYS_getresgid32, FOR_SUPERVISOR}, {SYS_geteuid32, FOR_SUPERVISOR},
-	{SYS_getuid32, FOR_SUPERVISOR}, {SYS_fchown32, FOR_SUPERVISOR}, {SYS_ftruncate64, FOR_SUPERVISOR},
-	{SYS_stat64, FOR_SUPERVISOR | FOR_RESOLVER}, {SYS_lstat64, FOR_SUPERVISOR},
-	{0xf0005 /* set_tls */, FOR_SUPERVISOR}, {0xf0002 /* cacheflush */, FOR_SUPERVISOR},
+	{SYS_mmap2, FOR_RESOLVER}, {SYS__llseek, FOR_RESOLVER},
 #endif
 };
 
-/* What else must hold of a worker's calls: argument & mask == value. `high`: of the upper half of an argument. */
-static const struct { int number; unsigned argument; bool high; uint32_t mask, value; } RULES[] = {
-	{SYS_socket, 0, false, AF_UNIX, 0},            /* first: left out when the upstream is a unix socket */
-	{SYS_socket, 0, false, ~(uint32_t)(AF_UNIX | AF_INET | AF_INET6), 0},
-	{SYS_socket, 1, false, ~(uint32_t)(SOCK_NONBLOCK | SOCK_CLOEXEC), SOCK_STREAM},
-	{SYS_socket, 2, false, UINT32_MAX, 0},         /* TCP, not MPTCP, which Landlock lets through */
-	{SYS_sendto, 3, false, MSG_FASTOPEN, 0},       /* no connecting besides connect() */
-	{SYS_sendto, 4, false, UINT32_MAX, 0},
-#if UINTPTR_MAX > UINT32_MAX
-	{SYS_sendto, 4, true, UINT32_MAX, 0},
+/* What no process of ours ever calls: who does was taken over. One that serves is killed, and the supervisor tells which call it
+ * was. The supervisor itself, and what it executes, perhaps a version that knows more, is denied these and nothing else. */
+static const struct call NEVER[] = {
+	{SYS_execve, FOR_SERVING}, {SYS_execveat, FOR_SERVING}, {SYS_clone, FOR_SERVING}, {SYS_kill, FOR_SERVING},
+#ifdef SYS_fork
+	{SYS_fork, FOR_SERVING}, {SYS_vfork, FOR_SERVING}, {SYS_creat, FOR_SERVING},
 #endif
-#ifdef SYS_send
-	{SYS_send, 3, false, MSG_FASTOPEN, 0},
-#endif
-	{SYS_fcntl, 1, false, ~7u, 0},                 /* F_SETOWN and what follows it send signals */
-#ifdef SYS_fcntl64
-	{SYS_fcntl64, 1, false, ~7u, 0},
+	{SYS_ptrace, FOR_ALL}, {SYS_process_vm_readv, FOR_ALL}, {SYS_process_vm_writev, FOR_ALL}, {SYS_kcmp, FOR_ALL},
+	{438 /* pidfd_getfd */, FOR_ALL}, {440 /* process_madvise */, FOR_ALL},
+	{SYS_mount, FOR_ALL}, {SYS_umount2, FOR_ALL}, {SYS_pivot_root, FOR_ALL}, {428 /* open_tree */, FOR_ALL},
+	{429 /* move_mount */, FOR_ALL}, {430 /* fsopen */, FOR_ALL}, {431 /* fsconfig */, FOR_ALL}, {432 /* fsmount */, FOR_ALL},
+	{433 /* fspick */, FOR_ALL}, {442 /* mount_setattr */, FOR_ALL}, {SYS_unshare, FOR_ALL}, {SYS_setns, FOR_ALL},
+	{SYS_bpf, FOR_ALL}, {SYS_perf_event_open, FOR_ALL}, {SYS_userfaultfd, FOR_ALL}, {425 /* io_uring_setup */, FOR_ALL},
+	{426 /* io_uring_enter */, FOR_ALL}, {427 /* io_uring_register */, FOR_ALL}, {SYS_add_key, FOR_ALL},
+	{SYS_request_key, FOR_ALL}, {SYS_keyctl, FOR_ALL}, {SYS_init_module, FOR_ALL}, {SYS_finit_module, FOR_ALL},
+	{SYS_delete_module, FOR_ALL}, {SYS_kexec_load, FOR_ALL}, {SYS_reboot, FOR_ALL}, {SYS_swapon, FOR_ALL},
+	{SYS_swapoff, FOR_ALL}, {SYS_acct, FOR_ALL}, {SYS_quotactl, FOR_ALL}, {SYS_open_by_handle_at, FOR_ALL},
+	{SYS_fanotify_init, FOR_ALL}, {SYS_sethostname, FOR_ALL}, {SYS_setdomainname, FOR_ALL},
+#ifdef SYS_iopl
+	{SYS_iopl, FOR_ALL}, {SYS_ioperm, FOR_ALL},
 #endif
 };
 
 /* The kernel's interface, whose headers a musl toolchain may lack: linux/filter.h, seccomp.h, audit.h, landlock.h, prctl.h. */
 struct filter_step { uint16_t code; uint8_t yes, no; uint32_t k; };
-struct filter { uint16_t n; const struct filter_step *step; };
-enum { LOAD_WORD = 0x20, AND = 0x54, IF_EQUAL = 0x15, RETURN = 0x06, OFFSET_NUMBER = 0, OFFSET_ARCH = 4, OFFSET_ARGUMENTS = 16 };
-enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, MODE_FILTER = 2 };
+struct filter { uint16_t n; struct filter_step *step; };
+enum { LOAD_WORD = 0x20, AND = 0x54, JUMP = 0x05, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
+	OFFSET_NUMBER = 0, OFFSET_ARCH = 4, OFFSET_ARGUMENTS = 16 };
+enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, MODE_FILTER = 2, SET_MODE_FILTER = 1, FLAG_LOG = 2 };
 #define ALLOW 0x7fff0000u
 #define KILL_PROCESS 0x80000000u
+#define TRAP 0x00030000u
 #define FAIL_ENOSYS (0x00050000u | ENOSYS)
+#define FAIL_EPERM (0x00050000u | EPERM)
+#define FOREIGN_CALLS 0x40000000u    /* numbers of another interface begin here: x32 */
 #if defined(__x86_64__)
 #define AUDIT_ARCH 0xc000003eu
 #elif defined(__aarch64__)
@@ -6833,33 +7121,126 @@ enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, 
 #define AUDIT_ARCH 0u                /* not known: no filter */
 #endif
 
-/* Closes the system calls that a role has no use for. */
+/* What else must hold of a call: argument & mask == value, or `action`. `high`: of the upper half of an argument. */
+static const struct rule {
+	int number;
+	uint8_t roles, argument;
+	bool high;
+	uint32_t mask, value, action;
+} RULES[] = {
+	{SYS_socket, FOR_WORKER, 0, false, AF_UNIX, 0, TRAP},   /* first: left out when the upstream is a unix socket */
+	{SYS_socket, FOR_WORKER, 0, false, ~(uint32_t)(AF_UNIX | AF_INET | AF_INET6), 0, TRAP},
+	{SYS_socket, FOR_WORKER, 1, false, ~(uint32_t)(SOCK_NONBLOCK | SOCK_CLOEXEC), SOCK_STREAM, TRAP},
+	{SYS_socket, FOR_WORKER, 2, false, UINT32_MAX, 0, TRAP},       /* TCP, not MPTCP, which Landlock lets through */
+	{SYS_sendto, FOR_WORKER, 3, false, MSG_FASTOPEN, 0, TRAP},     /* no connecting besides connect() */
+	{SYS_sendto, FOR_WORKER, 4, false, UINT32_MAX, 0, TRAP},
+#if UINTPTR_MAX > UINT32_MAX
+	{SYS_sendto, FOR_WORKER, 4, true, UINT32_MAX, 0, TRAP},
+#endif
+#ifdef SYS_send
+	{SYS_send, FOR_WORKER, 3, false, MSG_FASTOPEN, 0, TRAP},
+#endif
+	{SYS_fcntl, FOR_WORKER, 1, false, ~7u, 0, FAIL_EPERM},         /* F_SETOWN and what follows it send signals */
+#ifdef SYS_fcntl64
+	{SYS_fcntl64, FOR_WORKER, 1, false, ~7u, 0, FAIL_EPERM},
+#endif
+	{SYS_openat, FOR_SERVING, 2, false, O_ACCMODE | O_CREAT | O_TRUNC, 0, TRAP},   /* nothing is written but what is open */
+#ifdef SYS_open
+	{SYS_open, FOR_SERVING, 1, false, O_ACCMODE | O_CREAT | O_TRUNC, 0, TRAP},
+#endif
+	{SYS_statx, FOR_WORKER, 2, false, AT_EMPTY_PATH, AT_EMPTY_PATH, FAIL_ENOSYS},  /* of descriptors, not of files */
+#ifdef SYS_newfstatat
+	{SYS_newfstatat, FOR_WORKER, 3, false, AT_EMPTY_PATH, AT_EMPTY_PATH, FAIL_ENOSYS},
+#endif
+#ifdef SYS_fstatat64
+	{SYS_fstatat64, FOR_WORKER, 3, false, AT_EMPTY_PATH, AT_EMPTY_PATH, FAIL_ENOSYS},
+#endif
+	{SYS_clone, FOR_SUPERVISOR, 0, false, 0x7e020000 /* CLONE_NEW... */, 0, FAIL_EPERM},
+	{435 /* clone3, whose arguments no filter sees */, FOR_ALL, 0, false, 0, 1, FAIL_ENOSYS},
+};
+
+enum { FILTER_MAX = 16 + LENGTH(CALLS) + LENGTH(NEVER) + 6 * LENGTH(RULES) };
+
+static void
+filter_add(struct filter *f, uint16_t code, uint8_t yes, uint8_t no, uint32_t k)
+{
+	f->step[f->n++] = (struct filter_step){code, yes, no, k};
+}
+
+/* Numbers of this role end in `action`. */
+static void
+filter_calls(struct filter *f, const struct call *list, size_t n, unsigned role, uint32_t action)
+{
+	uint8_t left = 0;
+
+	for (size_t i = 0; i < n; i++)
+		left += (list[i].roles & role) != 0;
+	for (size_t i = 0; i < n; i++)
+		if (list[i].roles & role)
+			filter_add(f, IF_EQUAL, left--, 0, list[i].number);
+	filter_add(f, JUMP, 0, 0, 1);
+	filter_add(f, RETURN, 0, 0, action);
+}
+
+static void
+filter_rule(struct filter *f, const struct rule *r)
+{
+	filter_add(f, IF_EQUAL, 0, 5, (uint32_t)r->number);
+	filter_add(f, LOAD_WORD, 0, 0, OFFSET_ARGUMENTS + 8u * r->argument + 4u * r->high);
+	filter_add(f, AND, 0, 0, r->mask);
+	filter_add(f, IF_EQUAL, 1, 0, r->value);
+	filter_add(f, RETURN, 0, 0, r->action);
+	filter_add(f, LOAD_WORD, 0, 0, OFFSET_NUMBER);
+}
+
+/* Closes the system calls that a role has no use for. The kernel's log tells of each call that is refused, where it can. */
 static bool
 sandbox_seccomp(unsigned role)
 {
-	static struct filter_step step[2 * LENGTH(CALLS) + 6 * LENGTH(RULES) + 5];
-	uint16_t n = 0;
+	static struct filter_step step[FILTER_MAX];
+	struct filter f = {0, step};
+	bool serving = (role & FOR_SERVING) != 0;
 
-	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARCH};
-	step[n++] = (struct filter_step){IF_EQUAL, 1, 0, AUDIT_ARCH};
-	step[n++] = (struct filter_step){RETURN, 0, 0, KILL_PROCESS};
-	for (size_t i = config.upstream.addr[0].ss.ss_family == AF_UNIX; i < LENGTH(RULES) && role == FOR_WORKER; i++) {
-		step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_NUMBER};
-		step[n++] = (struct filter_step){IF_EQUAL, 0, 4, (uint32_t)RULES[i].number};
-		step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_ARGUMENTS + 8 * RULES[i].argument + 4 * RULES[i].high};
-		step[n++] = (struct filter_step){AND, 0, 0, RULES[i].mask};
-		step[n++] = (struct filter_step){IF_EQUAL, 1, 0, RULES[i].value};
-		step[n++] = (struct filter_step){RETURN, 0, 0, KILL_PROCESS};
-	}
-	step[n++] = (struct filter_step){LOAD_WORD, 0, 0, OFFSET_NUMBER};
-	for (size_t i = 0; i < LENGTH(CALLS); i++)
-		if (CALLS[i].roles & role) {
-			step[n++] = (struct filter_step){IF_EQUAL, 0, 1, (uint32_t)CALLS[i].number};
-			step[n++] = (struct filter_step){RETURN, 0, 0, ALLOW};
-		}
-	step[n++] = (struct filter_step){RETURN, 0, 0, role == FOR_SUPERVISOR ? FAIL_ENOSYS : KILL_PROCESS};
-	const struct filter filter = {n, step};
-	return AUDIT_ARCH != 0 && prctl(SET_SECCOMP, MODE_FILTER, &filter) == 0;
+	filter_add(&f, LOAD_WORD, 0, 0, OFFSET_ARCH);
+	filter_add(&f, IF_EQUAL, 1, 0, AUDIT_ARCH);
+	filter_add(&f, RETURN, 0, 0, serving ? KILL_PROCESS : FAIL_ENOSYS);
+	filter_add(&f, LOAD_WORD, 0, 0, OFFSET_NUMBER);
+	filter_add(&f, IF_AT_LEAST, 0, 1, FOREIGN_CALLS);
+	filter_add(&f, RETURN, 0, 0, FAIL_ENOSYS);
+	for (size_t i = config.upstream.addr[0].ss.ss_family == AF_UNIX; i < LENGTH(RULES); i++)
+		if (RULES[i].roles & role)
+			filter_rule(&f, &RULES[i]);
+	if (serving)
+		filter_calls(&f, CALLS, LENGTH(CALLS), role, ALLOW);
+	filter_calls(&f, NEVER, LENGTH(NEVER), role, serving ? TRAP : FAIL_EPERM);
+	filter_add(&f, RETURN, 0, 0, serving ? FAIL_ENOSYS : ALLOW);
+	return AUDIT_ARCH != 0 && (syscall(SYS_seccomp, SET_MODE_FILTER, FLAG_LOG, &f) == 0 ||
+	                           prctl(SET_SECCOMP, MODE_FILTER, &f) == 0);
+}
+
+/* Whom a process that serves tells of a call that it must never make, before it ends; -1: nobody. */
+static int trap_to = -1;
+
+static void
+on_trap(int number, siginfo_t *info, void *context)
+{
+	char text[16];
+	struct out o = {text, 0, sizeof text, false};
+
+	(void)number, (void)context;
+	out_print(&o, "K%d\n", info->si_syscall);
+	if (trap_to >= 0)
+		send(trap_to, o.p, o.n, MSG_NOSIGNAL | MSG_DONTWAIT);
+	_exit(STATUS_TRAPPED);
+}
+
+static void
+sandbox_trap(int control)
+{
+	struct sigaction action = {.sa_sigaction = on_trap, .sa_flags = SA_SIGINFO};
+
+	trap_to = control;
+	sigaction(SIGSYS, &action, NULL);
 }
 
 static uint16_t
@@ -6984,9 +7365,10 @@ sandbox_capabilities(void)
 	syscall(SYS_capset, &head, none);
 }
 
-/* Closes everything that serving does not need; `root`: the directory that becomes the root, or -1. The walls that hold. */
+/* Closes everything that serving does not need; `root`: the directory that becomes the root, or -1; `control`: the supervisor.
+ * The walls that hold. */
 static unsigned
-sandbox_worker(int root)
+sandbox_worker(int root, int control)
 {
 	unsigned walls = geteuid() == 0 ? WALL_USER : 0;
 
@@ -7002,6 +7384,7 @@ sandbox_worker(int root)
 	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
 		walls |= WALL_PRIVILEGES;
 	walls |= sandbox_landlock();
+	sandbox_trap(control);
 	return walls | (sandbox_seccomp(FOR_WORKER) ? WALL_SECCOMP : 0);
 }
 
@@ -7047,6 +7430,231 @@ sandbox_resolver(void)
 	}
 }
 
+/* ---- the self-test ------------------------------------------------------------------------------------------- */
+
+/* What a worker has when its walls close, as far as the self-test needs it. The first of each pair is at the parent's end. */
+struct rehearsal {
+	int control[2], stream[2], listener, caller, epoll;
+	struct tls *tls;                     /* NULL: no certificate */
+	struct log *log;
+	char *page;
+};
+
+static volatile sig_atomic_t rehearsal_signalled;
+
+static void
+on_rehearsal(int number)
+{
+	(void)number;
+	rehearsal_signalled = 1;
+}
+
+static bool
+rehearse_clock(struct rehearsal *r)
+{
+	(void)r;
+	return clock_ns() > 0 && clock_wall_ms() > 0;
+}
+
+static bool
+rehearse_random(struct rehearsal *r)
+{
+	return getentropy(r->page, 32) == 0;
+}
+
+static bool
+rehearse_poll(struct rehearsal *r)
+{
+	struct pollfd p = {r->stream[1], POLLIN | POLLRDHUP, 0};
+	char byte;
+
+	return send(r->stream[0], "x", 1, MSG_NOSIGNAL) == 1 && poll(&p, 1, 1000) == 1 &&
+	       recv(r->stream[1], &byte, 1, MSG_DONTWAIT) == 1 && write(r->stream[1], "x", 1) == 1 && read(r->stream[0], &byte, 1) == 1;
+}
+
+static bool
+rehearse_epoll(struct rehearsal *r)
+{
+	struct epoll_event event = {.events = EPOLLOUT}, got;
+
+	return epoll_ctl(r->epoll, EPOLL_CTL_ADD, r->stream[1], &event) == 0 && epoll_wait(r->epoll, &got, 1, 1000) == 1 &&
+	       epoll_ctl(r->epoll, EPOLL_CTL_DEL, r->stream[1], &event) == 0;
+}
+
+static bool
+rehearse_accept(struct rehearsal *r)
+{
+	int fd = accept4(r->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC), one = 1;
+
+	return fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &one, sizeof one) == 0 && shutdown(fd, SHUT_WR) == 0 && close(fd) == 0;
+}
+
+/* Whether anybody takes the connection is another question. */
+static bool
+rehearse_connect(struct rehearsal *r)
+{
+	struct link l;
+
+	(void)r;
+	for (unsigned i = 0; i < config.upstream.addrs; i++) {
+		if (link_connect(&l, &config.upstream.addr[i]) == 0)
+			link_close(&l, true);
+		else if (errno == EACCES || errno == EPERM || errno == ENOSYS || errno == EAFNOSUPPORT)
+			return false;
+	}
+	return true;
+}
+
+/* A client's hello is answered: with random bytes, the certificate and a signature. */
+static bool
+rehearse_tls(struct rehearsal *r)
+{
+	static const char HELLO[] = "\x16\x03\x01\0\x55\x01\0\0\x51\x03\x03" "tinyauth greets itself at start."
+	    "\0\0\x0c\xc0\x2b\xc0\x2f\xc0\x2c\xc0\x30\xcc\xa9\xcc\xa8\x01\0" "\0\x1c" "\0\x0a\0\4\0\2\0\x17" "\0\x0b\0\2\1\0"
+	    "\0\x0d\0\x0a\0\x08\4\3\5\3\4\1\5\1";
+	struct link l;
+	char answer[5];
+
+	_Static_assert(sizeof HELLO == 5 + 0x55 + 1, "the record is as long as it says");
+	if (r->tls == NULL)
+		return true;
+	link_open(&l, r->stream[1]);
+	l.seen = POLLIN;
+	return send(r->stream[0], HELLO, sizeof HELLO - 1, MSG_NOSIGNAL) == sizeof HELLO - 1 && link_secure(&l, r->tls) &&
+	       link_handshake(&l) == LINK_AGAIN && recv(r->stream[0], answer, sizeof answer, MSG_DONTWAIT) == sizeof answer &&
+	       answer[0] == 0x16;
+}
+
+static bool
+rehearse_log(struct rehearsal *r)
+{
+	char word;
+	int fd;
+
+	if (word_receive(r->control[1], &word, &fd) != 1 || fd < 0)
+		return false;
+	errno = 0;
+	log_take(r->log, fd, true);
+	return errno == 0 && log_write(r->log, "", 0) == 0;
+}
+
+static bool
+rehearse_memory(struct rehearsal *r)
+{
+	return madvise(r->page, page_size(), MADV_DONTNEED) == 0 && munmap(r->page, page_size()) == 0;
+}
+
+/* The parent sends one when it reads that this is tried now. */
+static bool
+rehearse_signal(struct rehearsal *r)
+{
+	struct pollfd p = {r->stream[1], 0, 0};
+
+	for (int i = 0; i < 100 && !rehearsal_signalled; i++)
+		poll(&p, 1, 10);
+	return rehearsal_signalled;
+}
+
+enum { REHEARSE_SIGNAL = 9, REHEARSED = 0x7f, REHEARSAL_MS = 5000 };
+
+static const struct { const char *name; bool (*try)(struct rehearsal *); } REHEARSALS[] = {
+	{"look at the clock", rehearse_clock}, {"get random bytes", rehearse_random}, {"wait by poll", rehearse_poll},
+	{"wait by epoll", rehearse_epoll}, {"accept a connection", rehearse_accept}, {"connect to the upstream", rehearse_connect},
+	{"shake hands in TLS", rehearse_tls}, {"open the log anew", rehearse_log}, {"give memory back", rehearse_memory},
+	[REHEARSE_SIGNAL] = {"take a signal", rehearse_signal}};
+
+/* Says the number of each step before it is taken; behind one that failed, its errno; at the end REHEARSED. */
+__attribute__((noreturn)) static void
+rehearsal_run(struct rehearsal *r, int root)
+{
+	unsigned char said;
+
+	alarm(REHEARSAL_MS / 1000);
+	signal(SIGUSR1, on_rehearsal);
+	if (sandbox_worker(root, r->control[1]) & WALL_ROOT)
+		sandbox_upstream();
+	for (said = 0; said < LENGTH(REHEARSALS); said++) {
+		send(r->control[1], &said, 1, MSG_NOSIGNAL);
+		errno = 0;
+		if (!REHEARSALS[said].try(r)) {
+			said = (unsigned char)(errno | 0x80);
+			send(r->control[1], &said, 1, MSG_NOSIGNAL);
+			_exit(EXIT_FAILURE);
+		}
+	}
+	said = REHEARSED;
+	send(r->control[1], &said, 1, MSG_NOSIGNAL);
+	_exit(EXIT_SUCCESS);
+}
+
+/* What is needed before the walls close. */
+static bool
+rehearsal_prepare(struct rehearsal *r, const struct tls_pair *pair)
+{
+	struct sockaddr_un un = {.sun_family = AF_UNIX};
+	socklen_t len = sizeof un;
+
+	r->tls = pair != NULL ? tls_new(pair, NULL, 1) : NULL;
+	r->log = map_new(sizeof *r->log, MAP_PRIVATE);
+	r->page = map_new(page_size(), MAP_PRIVATE);
+	r->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	r->caller = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	r->epoll = epoll_create1(EPOLL_CLOEXEC);
+	/* with the family alone the kernel finds a name, which no file has */
+	return bind(r->listener, (struct sockaddr *)&un, sizeof un.sun_family) == 0 && listen(r->listener, 1) == 0 &&
+	       getsockname(r->listener, (struct sockaddr *)&un, &len) == 0 && connect(r->caller, (struct sockaddr *)&un, len) == 0 &&
+	       socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r->control) == 0 &&
+	       socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, r->stream) == 0 &&
+	       word_send(r->control[0], 'L', r->stream[0]);
+}
+
+/* Hears a rehearsal to its end. */
+static bool
+rehearsal_hear(const struct rehearsal *r, int pid, struct mistake *m)
+{
+	struct pollfd p = {r->control[0], POLLIN, 0};
+	const char *name = "close the walls";
+	unsigned char said;
+
+	while (poll(&p, 1, REHEARSAL_MS) == 1 && recv(r->control[0], &said, 1, 0) == 1) {
+		if (said == REHEARSED)
+			return true;
+		if (said & 0x80)
+			return mistake_is(m, "behind the sandbox's walls a worker cannot %s: %s", name,
+			    said == 0x80 ? "it does not work" : strerror(said & 0x7f));
+		if (said == 'K') {
+			char number[16] = "";
+			recv(r->control[0], number, sizeof number - 1, 0);
+			return mistake_is(m, "behind the sandbox's walls a worker ends as it tries to %s: system call %.*s", name,
+			    (int)strspn(number, "0123456789"), number);
+		}
+		if (said < LENGTH(REHEARSALS))
+			name = REHEARSALS[said].name;
+		if (said == REHEARSE_SIGNAL)
+			kill(pid, SIGUSR1);
+	}
+	return mistake_is(m, "behind the sandbox's walls a worker ends, or hangs, as it tries to %s", name);
+}
+
+/* Takes each step that serving is made of once, in a child behind a worker's walls. `m` names the first that fails. */
+static bool
+sandbox_rehearse(int root, const struct tls_pair *pair, struct mistake *m)
+{
+	struct rehearsal r = {.listener = -1};
+	int pid = -1;
+
+	if (!rehearsal_prepare(&r, pair) || (pid = fork()) < 0)
+		return mistake_is(m, "the sandbox cannot be tried: %s", strerror(errno));
+	if (pid == 0)
+		rehearsal_run(&r, root);
+	close(r.control[1]);
+	bool good = rehearsal_hear(&r, pid, m);
+	kill(pid, SIGKILL);
+	while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
+		continue;
+	return good;
+}
+
 #elif defined(TINYAUTH_NO_SANDBOX)
 
 /* For sanitizers and coverage, which need files and memory at the end of a process. */
@@ -7058,8 +7666,9 @@ sandbox_probe(int root)
 }
 
 static unsigned
-sandbox_worker(int root)
+sandbox_worker(int root, int control)
 {
+	(void)control;
 	if (root >= 0)
 		close(root);
 	return 0;
@@ -7074,6 +7683,13 @@ sandbox_supervisor(bool closed)
 static void
 sandbox_resolver(void)
 {
+}
+
+static bool
+sandbox_rehearse(int root, const struct tls_pair *pair, struct mistake *m)
+{
+	(void)root, (void)pair, (void)m;
+	return true;
 }
 
 #else
@@ -7096,8 +7712,9 @@ sandbox_probe(int root)
 }
 
 static unsigned
-sandbox_worker(int root)
+sandbox_worker(int root, int control)
 {
+	(void)control;
 	unsigned walls = geteuid() == 0 ? WALL_USER : 0;
 
 	if (walls != 0 && root >= 0 && fchdir(root) == 0 && chroot(".") == 0 && chdir("/") == 0)
@@ -7121,6 +7738,13 @@ sandbox_resolver(void)
 {
 	if (!sandbox_user())
 		_exit(EXIT_FAILURE);
+}
+
+static bool
+sandbox_rehearse(int root, const struct tls_pair *pair, struct mistake *m)
+{
+	(void)root, (void)pair, (void)m;
+	return true;
 }
 
 #endif
@@ -7155,17 +7779,6 @@ sandbox_directory(void)
 	return -1;
 }
 
-/* Where the upstream's unix socket is seen from inside that directory. */
-static void
-sandbox_upstream(void)
-{
-	struct sockaddr_un *un = (struct sockaddr_un *)&config.upstream.addr[0].ss;
-	const char *slash = strrchr(un->sun_path, '/');
-
-	if (un->sun_family == AF_UNIX && slash != NULL)
-		memmove(un->sun_path, slash, strlen(slash) + 1);
-}
-
 /* ---- names --------------------------------------------------------------------------------------------------- */
 
 enum { NAME_ADDRS = 32 };            /* addresses of a name that are looked at; the first of them, sorted, are used */
@@ -7183,7 +7796,9 @@ addrs_sort(struct addr *list, size_t n)
 }
 
 /* Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
- * else. `forget` lets go of what the child must not have. Exit status: 0, or the positive number of getaddrinfo's error. */
+ * else, and each family by itself, because musl gives up both when a name server fails to answer one. What is found is told at
+ * once. `forget` lets go of mappings that the child must not have. Exit status: 0, or the positive number of getaddrinfo's
+ * error. */
 __attribute__((noreturn)) static void
 name_child(const char *text, bool passive, int to, void (*forget)(void *), void *of)
 {
@@ -7193,30 +7808,37 @@ name_child(const char *text, bool passive, int to, void (*forget)(void *), void 
 	struct mistake m;
 	char host[NI_MAXHOST] = "";
 	const char *port = NULL;
-	size_t n = 0;
+	size_t told = 0;
+	int error = 0;
 
 	memset(found, 0, sizeof found);
 	if (forget != NULL)
 		forget(of);
+	descriptors_close_but(&to, 1);
 	sandbox_resolver();
 	if (!addr_split(text, host, &port, &m))
 		_exit(EXIT_FAILURE);
-	int error = getaddrinfo(host, port, &hints, &list);
-	if (error != 0)
-		_exit(error < 0 ? -error : error);
-	for (int family = 0; family < 2; family++) {
-		size_t from = n;
-		for (struct addrinfo *i = list; i != NULL && n < NAME_ADDRS; i = i->ai_next)
-			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
-				memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
-				found[n].len = i->ai_addrlen;
-				addr_write(&found[n++]);
-			}
-		addrs_sort(found + from, n - from);
+	for (int family = 0; family < 2 && told < UPSTREAM_ADDRS; family++) {
+		size_t n = 0;
+		hints.ai_family = family == 0 ? AF_INET : AF_INET6;
+		if (told > 0)
+			alarm(RESOLVE_REST_MS / 1000);
+		int failed = getaddrinfo(host, port, &hints, &list);
+		error = error != 0 ? error : failed;
+		for (struct addrinfo *i = failed == 0 ? list : NULL; i != NULL && n < NAME_ADDRS; i = i->ai_next) {
+			memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
+			found[n].len = i->ai_addrlen;
+			addr_write(&found[n++]);
+		}
+		addrs_sort(found, n);
+		n = n < UPSTREAM_ADDRS - told ? n : UPSTREAM_ADDRS - told;
+		if (!write_whole(to, (struct slice){(char *)found, n * sizeof *found}))
+			_exit(EXIT_FAILURE);
+		told += n;
 	}
-	n = n < UPSTREAM_ADDRS ? n : UPSTREAM_ADDRS;
-	bool good = write_whole(to, (struct slice){(char *)found, n * sizeof *found});
-	_exit(good && n > 0 ? EXIT_SUCCESS : EAI_NONAME < 0 ? -EAI_NONAME : EAI_NONAME);
+	if (told == 0 && error == 0)
+		error = EAI_NONAME;
+	_exit(told > 0 ? EXIT_SUCCESS : error < 0 ? -error : error);
 }
 
 /* Starts such a child; returns where its answer comes from, or -1. */
@@ -7242,7 +7864,7 @@ name_ask(const char *text, bool passive, void (*forget)(void *), void *of, int *
 static unsigned
 name_answer(int from, const char *asked, struct addr found[UPSTREAM_ADDRS])
 {
-	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);
+	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);   /* what a pipe holds at once, in two parts perhaps */
 	unsigned good = 0;
 	uint64_t port = 0;
 
@@ -7279,7 +7901,7 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	while (poll(&answer, 1, RESOLVE_MS) < 0 && errno == EINTR)
 		continue;
 	if (answer.revents == 0)
-		kill(pid, SIGKILL);
+		kill(pid, SIGKILL);                  /* with addresses of one family told it ends by itself */
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
 	unsigned n = name_answer(from, text, found);
@@ -7290,15 +7912,23 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	return n;
 }
 
-/* Every name in the configuration, at start. `failure`: exit status when one is not found. */
+/* Names of our own addresses, at start. */
 static void
-names_find(int failure)
+names_find_listen(int failure)
 {
 	struct addr found[UPSTREAM_ADDRS];
 
 	for (unsigned i = 0; i < config.listens; i++)
 		if (config.listen[i].len == 0 && name_find(config.listen[i].text, "listen", true, found, failure) > 0)
 			config.listen[i] = found[0];
+}
+
+/* The upstream's name, at start. */
+static void
+names_find_upstream(int failure)
+{
+	struct addr found[UPSTREAM_ADDRS];
+
 	if (config.upstream.named && config.upstream.addrs == 0) {
 		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, failure);
 		memcpy(config.upstream.addr, found, config.upstream.addrs * sizeof *found);
@@ -7340,7 +7970,7 @@ worker_map(struct worker *w)
 
 	w->conns = pool_new(max, sizeof(struct conn));
 	w->requests = pool_new(max, sizeof(struct request));
-	w->bufs = pool_new(2 * max, BUF_SIZE);
+	w->bufs = pool_new(2 * max, page_round(BUF_SIZE));
 	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new(worker_waits() * sizeof *w->pfd, MAP_PRIVATE);
 	w->event = map_new(worker_waits() * WATCH_EVENT, MAP_PRIVATE);
@@ -7536,10 +8166,23 @@ worker_gather_poll(struct worker *w, bool accepting)
 	}
 }
 
+/* A worker whose places are taken leaves the listeners to those of its server that have some. */
+static bool
+worker_yields(struct worker *w)
+{
+	uint32_t room = w->conns.left > 0 && !w->draining ? w->server : 0;
+
+	if (w->row == NULL)
+		return false;
+	if (atomic_load_explicit(&w->row->room, memory_order_relaxed) != room)
+		atomic_store_explicit(&w->row->room, room, memory_order_relaxed);
+	return w->conns.left == 0 && table_room_elsewhere(w->table, w->row, w->server);
+}
+
 static void
 worker_gather(struct worker *w)
 {
-	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
+	bool yields = worker_yields(w), accepting = !w->draining && w->now_ns >= w->accept_ns && !yields;
 
 	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));   /* who is parked never comes back */
 	if (!w->many) {
@@ -7567,6 +8210,23 @@ worker_collect_poll(struct worker *w)
 	}
 }
 
+/* Are there buffers that hold memory and that nobody uses? */
+static bool
+worker_warm(const struct worker *w)
+{
+	return pool_warm(&w->bufs) || (w->tls != NULL && tls_warm(w->tls));
+}
+
+/* After a burst: what its buffers hold goes back to the system. */
+static void
+worker_trim(struct worker *w)
+{
+	w->trim_ns = w->now_ns + TRIM_MS * NS_PER_MS;
+	pool_trim(&w->bufs);
+	if (w->tls != NULL)
+		tls_trim(w->tls);
+}
+
 /* How long a worker may sleep: until the next deadline, or the next try of whatever had to be put off. */
 static int
 worker_patience(const struct worker *w)
@@ -7581,6 +8241,8 @@ worker_patience(const struct worker *w)
 		until = w->accept_ns;
 	if (w->draining && w->drain_ns < until)
 		until = w->drain_ns;
+	if (worker_warm(w) && w->trim_ns < until)
+		until = w->trim_ns;
 	if (until <= w->now_ns)
 		return 0;
 	ms = (until - w->now_ns) / NS_PER_MS + 1;
@@ -7609,6 +8271,8 @@ worker_drain(struct worker *w)
 	if (w->draining)
 		return;
 	w->draining = true;
+	if (w->row != NULL)
+		atomic_store_explicit(&w->row->room, 0, memory_order_relaxed);
 	w->drain_ns = w->now_ns + config.drain_ms * NS_PER_MS;
 	watch_listeners(w, false);
 	for (unsigned i = 0; i < w->listeners; i++)
@@ -7616,34 +8280,28 @@ worker_drain(struct worker *w)
 	w->listeners = 0;
 }
 
-/* The server stops: idle connections get some seconds more for a request that is on its way, and then end. */
+/* The server stops: idle connections get some seconds more for a request that is on its way, those that have not sent a whole
+ * one yet a moment. */
 static void
 worker_hurry_idle(struct worker *w)
 {
-	uint64_t end_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
-
 	w->stopping = true;
 	for (size_t i = 0; i < w->conns.fresh; i++) {
 		struct conn *c = conn_at(w, i);
-		if ((c->state == S_IDLE || c->state == S_OPEN || c->state == S_NEW) && c->deadline_ns > end_ns)
-			c->deadline_ns = end_ns;
+		if (c->state != S_FREE && c->request == NULL)
+			conn_touch(w, c);
 	}
-	if (w->sweep_ns > end_ns)
-		w->sweep_ns = end_ns;
 }
 
 /* A word from the supervisor: D, drain; T, drain because the server stops; X, end at once; P, answer with the same; L and a
  * descriptor, the new log. Its end: it is gone. What a worker says: S, it serves; P; R, the upstream's name should be
- * looked up. */
+ * looked up; K, a number and LF, the system call that it ends for. */
 static void
 worker_control(struct worker *w)
 {
 	char word;
-	union { struct cmsghdr align; char space[CMSG_SPACE(sizeof(int))]; } control;
-	struct iovec iov = {&word, 1};
-	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
-	ssize_t n = recvmsg(w->control, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	struct cmsghdr *c = n == 1 ? CMSG_FIRSTHDR(&m) : NULL;
+	int fd;
+	ssize_t n = word_receive(w->control, &word, &fd);
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
@@ -7658,9 +8316,7 @@ worker_control(struct worker *w)
 		w->drain_ns = word == 'X' ? w->now_ns : w->drain_ns;
 	} else if (word == 'P')
 		send(w->control, "P", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-	else if (word == 'L' && c != NULL && c->cmsg_type == SCM_RIGHTS) {
-		int fd;
-		memcpy(&fd, CMSG_DATA(c), sizeof fd);
+	else if (word == 'L' && fd >= 0) {
 		log_close(w->log);
 		log_take(w->log, fd, true);
 	}
@@ -7763,6 +8419,8 @@ worker_accept(struct worker *w, int listener, bool secure)
 	for (int i = 0; i < ACCEPTS_MAX; i++) {
 		struct sockaddr_storage peer;
 		socklen_t len = sizeof peer;
+		if (worker_yields(w))
+			return;
 		memset(&peer, 0, sizeof peer);
 		int fd = accept4(listener, (struct sockaddr *)&peer, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR))
@@ -7852,11 +8510,37 @@ worker_turn(struct worker *w)
 		worker_control(w);
 	if (w->now_ns >= w->sweep_ns)
 		worker_sweep(w);
+	if (w->now_ns >= w->trim_ns)
+		worker_trim(w);
 	if (w->connect_failed && config.upstream.named && w->control >= 0)
 		send(w->control, "R", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* its name may mean another address by now */
 	w->connect_failed = false;
 	if (w->log->n > 0 || w->log->dropped > 0)
 		log_flush(w->log);
+}
+
+/* Asks itself how it is, over a socket pair and all the way: who can answer that can serve. */
+static bool
+worker_greets(struct worker *w, int asking, int asked)
+{
+	struct slice question = S("GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+	struct sockaddr_storage peer = {.ss_family = AF_UNIX};
+	unsigned listeners = w->listeners;
+	char answer[16] = "";
+
+	if (send(asking, question.p, question.n, MSG_NOSIGNAL) != (ssize_t)question.n)
+		return false;
+	w->listeners = 0;                    /* nobody else is served meanwhile */
+	struct conn *c = conn_open(w, asked, asked, &peer, false);
+	c->client.seen = POLLIN;
+	worker_queue(w, c);
+	worker_turn(w);
+	bool good = recv(asking, answer, sizeof answer - 1, MSG_DONTWAIT) > 0 && strncmp(answer, "HTTP/1.1 200", 12) == 0;
+	close(asking);
+	while (w->used > 0 && good)
+		worker_turn(w);
+	w->listeners = listeners;
+	return good;
 }
 
 /* Takes everything that serving needs, then closes the sandbox behind it. */
@@ -7865,6 +8549,7 @@ worker_ready(struct worker *w, int root, unsigned expected)
 {
 	char text[128];
 	struct out o = {text, 0, sizeof text, false};
+	int ends[2];
 
 	worker_map(w);
 	random_fill(w->random, sizeof w->random);
@@ -7876,10 +8561,13 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
-	unsigned walls = sandbox_worker(root), missing = expected & ~walls;
+	bool greets = w->control >= 0 && socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0;
+	unsigned walls = sandbox_worker(root, w->control), missing = expected & ~walls;
 	if (walls & WALL_ROOT)
 		sandbox_upstream();
-	if (w->control >= 0)
+	if (greets && !worker_greets(w, ends[0], ends[1]))
+		die(EXIT_FAILURE, "a worker cannot serve a request of its own; 'tinyauth check' may tell why");
+	if (greets)
 		send(w->control, "S", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* it serves */
 	out_walls(&o, missing);
 	if (missing != 0)
@@ -7993,6 +8681,7 @@ listener_open(struct addr *a)
 	else {
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* what is accepted inherits it */
+		socket_vigil(fd);
 	}
 	if (a->ss.ss_family == AF_INET6)
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
@@ -8001,6 +8690,23 @@ listener_open(struct addr *a)
 		    errno == EADDRINUSE ? "stop the other server, or choose another address with --listen"
 		                        : "choose another address with --listen");
 	return fd;
+}
+
+/* A socket that was passed in must be one that connections come to: another would serve nobody, and say that it is ready. */
+static void
+listener_verify(int fd)
+{
+	int type = 0, listens = 0;
+	socklen_t n = sizeof type, len = sizeof listens;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) != 0)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is no socket: %s; pass in listening stream sockets", fd, strerror(errno));
+	if (type != SOCK_STREAM)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is a %s socket; write ListenStream= in the socket unit", fd,
+		    type == SOCK_DGRAM ? "datagram" : type == SOCK_SEQPACKET ? "packet" : "raw");
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && !listens)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is a stream socket that does not listen, such as one connection; write Accept=no "
+		    "in the socket unit, or serve it with -i", fd);
 }
 
 /* Sockets that were passed in (LISTEN_FDS) go before --listen. */
@@ -8021,6 +8727,7 @@ listeners_passed(struct supervisor *s)
 		if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) != 0)
 			die(EX_CONFIG, "LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* no harm to a unix socket */
+		socket_vigil(fd);
 		s->listener[i] = fd;
 	}
 	unsetenv("LISTEN_PID");
@@ -8058,10 +8765,13 @@ supervisor_listen(struct supervisor *s)
 	s->listeners = listeners_passed(s);
 	s->bound = s->listeners == 0;
 	if (s->bound)
+		names_find_listen(EX_CONFIG);
+	if (s->bound)
 		for (; s->listeners < config.listens; s->listeners++)
 			s->listener[s->listeners] = listener_open(&config.listen[s->listeners]);
 	for (unsigned i = 0; i < s->listeners; i++) {
 		struct addr a = {.len = sizeof a.ss};
+		listener_verify(s->listener[i]);
 		getsockname(s->listener[i], (struct sockaddr *)&a.ss, &a.len);
 		s->secure[i] = config.tls_cert != NULL && a.ss.ss_family != AF_UNIX;
 	}
@@ -8081,30 +8791,10 @@ supervisor_log_listeners(struct supervisor *s)
 /* ---- children ------------------------------------------------------------------------------------------------ */
 
 static void
-child_tell(const struct child *child, char word, int fd)
-{
-	union { struct cmsghdr align; char space[CMSG_SPACE(sizeof(int))]; } control;
-	struct iovec iov = {&word, 1};
-	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
-
-	memset(&control, 0, sizeof control);
-	if (fd >= 0) {
-		m.msg_control = &control;
-		m.msg_controllen = sizeof control;
-		struct cmsghdr *c = CMSG_FIRSTHDR(&m);
-		c->cmsg_level = SOL_SOCKET;
-		c->cmsg_type = SCM_RIGHTS;
-		c->cmsg_len = CMSG_LEN(sizeof fd);
-		memcpy(CMSG_DATA(c), &fd, sizeof fd);
-	}
-	sendmsg(child->control, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
-}
-
-static void
 children_tell(const struct supervisor *s, char word, int fd)
 {
 	for (unsigned i = 0; i < s->children; i++)
-		child_tell(&s->child[i], word, fd);
+		word_send(s->child[i].control, word, fd);
 }
 
 /* The file of the shared table, or -1. */
@@ -8114,22 +8804,41 @@ supervisor_state(const struct supervisor *s)
 	return config.state != NULL ? s->shared[SHARED_TABLE] : -1;
 }
 
-/* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
+/* Who may have what of the supervisor's mappings. */
+enum { HEIR_WORKER = 1, HEIR_RESOLVER = 2 };
+
+static void
+owned_unmap(const struct supervisor *s, unsigned heir)
+{
+	const struct { void *p; size_t n; unsigned heirs; } owned[] = {
+		{s->keys, s->keys_size, HEIR_WORKER}, {s->table, (size_t)geometry.size, HEIR_WORKER},
+		{s->sessions, sizeof *s->sessions, HEIR_WORKER}};
+
+	for (size_t i = 0; i < LENGTH(owned); i++)
+		if (owned[i].p != NULL && !(owned[i].heirs & heir))
+			munmap(owned[i].p, owned[i].n);
+	if (heir != HEIR_WORKER)
+		pair_forget(s->pair);        /* and wipe */
+}
+
+/* The descriptors that a worker has; all else that the supervisor has open is closed. */
+static void
+owned_close(const struct supervisor *s, int control)
+{
+	int keep[LISTEN_MAX + 4] = {control, s->root, s->log->fd, supervisor_state(s)};
+
+	memcpy(keep + 4, s->listener, sizeof s->listener);
+	descriptors_close_but(keep, LENGTH(keep));
+}
+
+/* What the forked child becomes: it has of the supervisor's what those two leave it. */
 __attribute__((noreturn)) static void
 child_run(const struct supervisor *s, int control)
 {
-	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
-
+	owned_close(s, control);
+	owned_unmap(s, HEIR_WORKER);
 	worker_signals();
-	for (unsigned i = 0; i < s->children; i++)
-		close(s->child[i].control);
-	close(s->shared[SHARED_KEYS]);       /* -1, where there is none, closes nothing */
-	close(s->shared[SHARED_SESSIONS]);
-	close(s->notify);
-	if (s->resolver != 0)
-		close(s->resolver_fd);
-	if (config.state == NULL)
-		close(s->shared[SHARED_TABLE]);
+	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 	w->log = s->log;
 	w->log->n = w->log->dropped = 0;
 	w->keys = s->keys;
@@ -8139,6 +8848,7 @@ child_run(const struct supervisor *s, int control)
 	w->sessions = s->sessions;
 	w->row = table_row_take(s->table, supervisor_state(s));
 	w->control = control;
+	w->server = (uint32_t)getppid();
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	memcpy(w->secure, s->secure, sizeof w->secure);
@@ -8157,7 +8867,7 @@ supervisor_relieve(struct supervisor *s, const struct child *by)
 		if (!child->draining && child->generation < by->generation &&
 		    (child->slot == by->slot || (uint64_t)child->slot >= config.workers)) {
 			child->draining = true;
-			child_tell(child, 'D', -1);
+			word_send(child->control, 'D', -1);
 		}
 }
 
@@ -8179,6 +8889,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 	s->respawn_ns[slot] = s->now_ns + RESPAWN_MAX_MS * NS_PER_MS;   /* when this try fails */
 	if (s->children == CHILDREN_MAX || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) != 0) {
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		s->failed++;
 		return;
 	}
 	log_flush(s->log);
@@ -8191,6 +8902,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 	if (pid < 0) {
 		close(pair[0]);
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		s->failed++;
 		return;
 	}
 	struct child *child = &s->child[s->children++];
@@ -8206,6 +8918,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 static void
 supervisor_generation(struct supervisor *s)
 {
+	s->due = false;
 	s->generation++;
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		supervisor_spawn(s, (int)slot);
@@ -8222,6 +8935,42 @@ supervisor_replace(struct supervisor *s, const struct child *child)
 	s->respawn_ns[child->slot] = s->now_ns + *ms * NS_PER_MS;
 }
 
+/* What a worker said since the last look: that it serves, lives, could not reach the upstream, or ends for a forbidden call. */
+static void
+child_hear(struct supervisor *s, struct child *child)
+{
+	char words[64];
+	bool number = false;
+	ssize_t n;
+
+	for (int reads = 0; reads < 16 && (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0; reads++)
+		for (ssize_t k = 0; k < n; k++) {
+			if (number && is_digit(words[k]) && child->call < 100000)
+				child->call = child->call * 10 + (words[k] - '0');
+			number = words[k] == 'K' || (number && is_digit(words[k]));
+			if (words[k] == 'K')
+				child->call = 0;
+			else if (words[k] == 'P')
+				child->pings = 0;
+			else if (words[k] == 'S' && child->generation > 0) {
+				s->proven = true;
+				supervisor_relieve(s, child);
+			} else if (words[k] == 'R') {
+				s->unreached = true;
+				uint64_t again_ns = s->resolved_ns + RESOLVE_AGAIN_MS * NS_PER_MS;
+				if (s->resolver == 0 && s->resolve_ns > again_ns)
+					s->resolve_ns = again_ns;
+			}
+		}
+}
+
+static void
+children_hear(struct supervisor *s)
+{
+	for (struct child *child = s->child; child < s->child + s->children; child++)
+		child_hear(s, child);
+}
+
 static void
 supervisor_reap(struct supervisor *s)
 {
@@ -8236,7 +8985,9 @@ supervisor_reap(struct supervisor *s)
 		if (child == s->child + s->children)
 			continue;
 		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
-			s->hopeless = true;
+			s->hopeless = EX_CONFIG;
+		child_hear(s, child);
+		s->failed += child->generation > 0 && !s->proven;
 		close(child->control);
 		table_recover(s->table, supervisor_state(s), (uint32_t)pid);
 		if (!child->draining || status != 0)
@@ -8321,19 +9072,15 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	if (map != NULL)
 		keys_flip(map);
 	if (map != NULL && map != old) {
-		int old_fd = s->shared[SHARED_KEYS];
-		size_t old_size = s->keys_size;
+		if (old != NULL) {
+			supervisor_retire(old, text);
+			munmap(old, s->keys_size);
+			close(s->shared[SHARED_KEYS]);
+		}
 		s->keys = map;
 		s->keys_size = size;
 		s->shared[SHARED_KEYS] = fd;
-		if (s->serving)
-			supervisor_generation(s);
-		if (old != NULL) {
-			supervisor_retire(old, text);
-			munmap(old, old_size);
-		}
-		if (old != NULL && old_fd >= 0)
-			close(old_fd);
+		s->due |= s->serving;
 	}
 	file_forget(&file);
 	return map != NULL;
@@ -8401,7 +9148,7 @@ supervisor_renew(struct supervisor *s)
 		pair_forget(pair);
 	else {
 		supervisor_certify(s, pair);
-		supervisor_generation(s);
+		s->due = true;
 	}
 }
 
@@ -8439,6 +9186,27 @@ watched_begin(struct watched *file, const char *path)
 		file->loaded = file->last = look_of(&st);
 }
 
+/* The directory of the upstream's unix socket, where it is the workers' root, may be removed and made anew, as by systemd's
+ * RuntimeDirectory=: workers that run would look for the socket in the old one. */
+static void
+supervisor_watch_root(struct supervisor *s)
+{
+	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
+	struct stat held, named;
+
+	if (s->root < 0 || un->sun_family != AF_UNIX)
+		return;
+	int fd = directory_open(un->sun_path);
+	if (fd >= 0 && fstat(s->root, &held) == 0 && fstat(fd, &named) == 0 && !stat_same(&held, &named)) {
+		int old = s->root;
+		s->root = fd;
+		fd = old;
+		log_note(s->log, "upstream_moved", "its socket's directory was made anew");
+		s->due = true;
+	}
+	close(fd);
+}
+
 /* A look a second; a file is read when two looks agree that it is another one. */
 static void
 supervisor_watch(struct supervisor *s)
@@ -8452,6 +9220,7 @@ supervisor_watch(struct supervisor *s)
 	bool key = watched_changed(&s->watched[WATCHED_TLS_KEY], s->now_ns);
 	if ((cert || key) && !s->draining)
 		supervisor_renew(s);
+	supervisor_watch_root(s);
 	supervisor_warn(s);
 }
 
@@ -8669,6 +9438,8 @@ supervisor_notify(const struct supervisor *s, const char *format, ...)
 static void
 supervisor_notify_ready(const struct supervisor *s)
 {
+	if (!s->told_ready)
+		return;
 	supervisor_notify(s, "READY=1\nSTATUS=%llu workers, %llu keys, upstream %s\n", (unsigned long long)config.workers,
 	    (unsigned long long)supervisor_keys(s), config.upstream.text);
 }
@@ -8706,27 +9477,6 @@ supervisor_notify_open(struct supervisor *s)
 		s->watchdog_ns = us * 1000 / 2;
 }
 
-/* What workers said since the last look: that they serve, live, or could not reach the upstream. */
-static void
-supervisor_hear(struct supervisor *s)
-{
-	char words[64];
-
-	for (struct child *child = s->child; child < s->child + s->children; child++) {
-		ssize_t n;
-		for (int reads = 0; reads < 16 && (n = recv(child->control, words, sizeof words, MSG_DONTWAIT)) > 0; reads++)
-			for (ssize_t k = 0; k < n; k++) {
-				if (words[k] == 'P')
-					child->pings = 0;
-				else if (words[k] == 'S' && child->generation > 0) {
-					s->proven = true;
-					supervisor_relieve(s, child);
-				} else if (words[k] == 'R' && s->resolver == 0)
-					s->resolve_ns = s->now_ns;
-			}
-	}
-}
-
 /* Says that all is well, and looks whether it is: a worker that does not answer is killed, and so replaced. */
 static void
 supervisor_pet(struct supervisor *s)
@@ -8740,7 +9490,7 @@ supervisor_pet(struct supervisor *s)
 			log_note(s->log, "worker_stuck", "it did not answer, and is killed and replaced");
 			kill(child->pid, SIGKILL);
 		} else
-			child_tell(child, 'P', -1);
+			word_send(child->control, 'P', -1);
 	}
 }
 
@@ -8774,7 +9524,8 @@ addrs_hold(const struct addr *list, unsigned n, const struct addr *a)
 	return false;
 }
 
-/* The name was looked up: other addresses make a new generation; no answer leaves everything as it was. */
+/* The name was looked up. Many answer with a few of their addresses at a time, in turn: a new generation is made only when none of
+ * ours is among them any more, or ours do not take connections. No answer leaves everything as it was. */
 static void
 supervisor_resolved(struct supervisor *s)
 {
@@ -8782,37 +9533,28 @@ supervisor_resolved(struct supervisor *s)
 	struct addr found[UPSTREAM_ADDRS];
 	unsigned n = name_answer(s->resolver_fd, u->text, found), same = 0;
 
+	bool wanted = s->unreached || u->addrs == 0;
 	s->resolver = 0;
-	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
+	s->resolver_fd = -1;
+	s->unreached = false;
+	s->resolved_ns = s->now_ns;
+	s->resolve_ns = s->now_ns + (u->addrs == 0 && n == 0 ? RESOLVE_AGAIN_MS : RESOLVE_EVERY_MS) * NS_PER_MS;
 	for (unsigned i = 0; i < n; i++)
 		same += addrs_hold(u->addr, u->addrs, &found[i]);
-	if (n == 0 || (same == n && n == u->addrs))
+	if (n == 0 || (same == n && n == u->addrs) || (same > 0 && !wanted))
 		return;
+	log_note(s->log, u->addrs == 0 ? "upstream_found" : "upstream_moved", found[0].text);
 	memcpy(u->addr, found, n * sizeof *found);
 	u->addrs = n;
 	upstream_host(u);
-	log_note(s->log, "upstream_moved", u->addr[0].text);
-	supervisor_generation(s);
+	s->due = true;
 }
 
 /* In the child that looks up a name: nothing that a name server's answer could do harm with. */
 static void
 supervisor_forget(void *of)
 {
-	struct supervisor *s = of;
-
-	for (unsigned i = 0; i < s->children; i++)
-		close(s->child[i].control);
-	for (unsigned i = 0; i < s->listeners; i++)
-		close(s->listener[i]);
-	munmap(s->keys, s->keys_size);
-	munmap(s->table, geometry.size);
-	if (s->sessions != NULL)
-		munmap(s->sessions, sizeof *s->sessions);
-	for (unsigned i = 0; i < SHARED_COUNT; i++)
-		close(s->shared[i]);
-	close(s->notify);
-	pair_forget(s->pair);
+	owned_unmap(of, HEIR_RESOLVER);
 }
 
 static void
@@ -8856,8 +9598,10 @@ supervisor_stop(struct supervisor *s)
 	s->draining = true;
 	supervisor_notify(s, "STOPPING=1\n");
 	log_note(s->log, "draining", NULL);
-	for (unsigned i = 0; i < s->listeners; i++)
+	for (unsigned i = 0; i < s->listeners; i++) {
 		close(s->listener[i]);
+		s->listener[i] = -1;
+	}
 	for (unsigned i = 0; s->bound && i < config.listens; i++)
 		if (config.listen[i].ss.ss_family == AF_UNIX)
 			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
@@ -8880,6 +9624,8 @@ static void
 supervisor_wait(struct supervisor *s)
 {
 	uint64_t until = s->look_ns, ns;
+	struct pollfd first[16];             /* the first workers: the server is ready when one of them says that it serves */
+	nfds_t n = 0;
 	sigset_t none;
 
 	for (uint64_t slot = 0; slot < config.workers; slot++)
@@ -8892,12 +9638,48 @@ supervisor_wait(struct supervisor *s)
 	if (config.idle_exit_ms != 0 && !s->bound && s->now_ns + config.idle_exit_ms * NS_PER_MS / 4 < until)
 		until = s->now_ns + config.idle_exit_ms * NS_PER_MS / 4;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
-	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or the first worker's word */
+	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or there are more of the first */
 		ns = LOG_RETRY_MS * NS_PER_MS;
 	struct timespec time = {(time_t)(ns / NS_PER_S), (long)(ns % NS_PER_S)};
 	sigemptyset(&none);
-	ppoll(NULL, 0, &time, &none);
+	for (unsigned i = 0; i < s->children && !s->proven && n < LENGTH(first); i++)
+		if (s->child[i].generation > 0)
+			first[n++] = (struct pollfd){s->child[i].control, POLLIN, 0};
+	if (ppoll(first, n, &time, &none) > 0)
+		signal_child = 1;            /* it may have ended instead, and a descriptor that is ready keeps signals waiting */
 	s->now_ns = clock_ns();
+}
+
+/* The generation that an operation made due, now that the operation is over and nothing of it lies about. */
+static void
+supervisor_follow(struct supervisor *s)
+{
+	if (s->due)
+		supervisor_generation(s);
+}
+
+/* The first worker serves: so does the server. */
+static void
+supervisor_tell_ready(struct supervisor *s)
+{
+	if (!s->proven || s->told_ready)
+		return;
+	s->told_ready = true;
+	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	supervisor_notify_ready(s);
+}
+
+/* None of the first workers comes to serve, and there are none of a binary before: that is an error, whose reason they told. */
+static void
+supervisor_despair(struct supervisor *s)
+{
+	if (s->proven || s->hopeless != 0 || s->failed < HOPELESS_TRIES || s->now_ns - s->start_ns < HOPELESS_MS * NS_PER_MS)
+		return;
+	for (unsigned i = 0; i < s->children; i++)
+		if (s->child[i].generation == 0)
+			return;
+	s->hopeless = EXIT_FAILURE;
+	log_note(s->log, "no_worker", "none of the first workers came to serve; look above for what ended them");
 }
 
 /* What signals asked for. */
@@ -8923,6 +9705,7 @@ supervisor_obey(struct supervisor *s)
 		supervisor_notify_reloading(s);
 		supervisor_reload_keys(s);
 		supervisor_renew(s);
+		supervisor_follow(s);
 		supervisor_notify_ready(s);
 	}
 }
@@ -8933,15 +9716,19 @@ supervisor_tend(struct supervisor *s)
 {
 	if (s->resolved && !(s->resolved = false))
 		supervisor_resolved(s);
-	supervisor_hear(s);
+	children_hear(s);
+	supervisor_tell_ready(s);
+	supervisor_despair(s);
 	supervisor_pet(s);
 	supervisor_resolve(s);
 	supervisor_watch(s);
+	supervisor_follow(s);
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
 			supervisor_spawn(s, (int)slot);
-	if (!s->draining && (s->hopeless || supervisor_idle(s))) {
-		log_note(s->log, s->hopeless ? "sandbox_impossible" : "idle", NULL);
+	if (!s->draining && (s->hopeless != 0 || supervisor_idle(s))) {
+		if (s->hopeless != EXIT_FAILURE)
+			log_note(s->log, s->hopeless != 0 ? "sandbox_impossible" : "idle", NULL);
 		supervisor_stop(s);
 	}
 }
@@ -8965,7 +9752,7 @@ supervisor_serve(struct supervisor *s)
 	pair_forget(s->pair);
 	log_note(s->log, "stopped", NULL);
 	log_flush(s->log);
-	return s->hopeless ? EX_CONFIG : EXIT_SUCCESS;
+	return s->hopeless;
 }
 
 /* What USR2 will execute: the path that we were called by, so that a link to a newer version is followed. */
@@ -9043,9 +9830,9 @@ supervisor_tell_start(struct supervisor *s, uint64_t asked)
 		log_fewer_connections(s->log, config.max_conns);
 	if (config.idle_exit_ms != 0 && s->bound)
 		log_note(s->log, "idle_exit_ignored", "nobody would start the service again: the sockets are its own");
-	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	if (config.upstream.addrs == 0)
+		log_note(s->log, "upstream_unknown", "its name has no address yet: requests get 502 while it is looked up again and again");
 	log_flush(s->log);
-	supervisor_notify_ready(s);
 }
 
 static int
@@ -9056,14 +9843,18 @@ supervisor_run(char *const *argv)
 
 	s->argv = argv;
 	s->binary = supervisor_binary(argv[0]);
-	s->shared[SHARED_SESSIONS] = -1;
+	s->root = s->notify = s->resolver_fd = -1;
+	for (size_t i = 0; i < LENGTH(s->listener); i++)
+		s->listener[i] = -1;
+	for (size_t i = 0; i < SHARED_COUNT; i++)
+		s->shared[i] = -1;
 	s->watched[WATCHED_KEYS].path = config.keys;
-	s->now_ns = s->active_ns = clock_ns();
+	s->now_ns = s->active_ns = s->start_ns = clock_ns();
 	supervisor_signals();
 	uint64_t asked = config.max_conns, rows = ROWS_PER_WORKER * config.workers;
 	supervisor_descriptors();
 	keys_must_be_named(EX_CONFIG);
-	names_find(getenv("TINYAUTH_HANDOVER") != NULL ? EXIT_SUCCESS : EX_CONFIG);   /* after an upgrade it may come later */
+	names_find_upstream(EXIT_SUCCESS);           /* it may come later */
 	supervisor_listen(s);
 	supervisor_inherit(s);
 	if (s->table == NULL)
@@ -9167,7 +9958,7 @@ inetd_run(void)
 	bool mute = inetd_mute(in, out);
 	keys_must_be_named(EX_CONFIG);
 	inetd_peer(in, &peer);
-	names_find(EX_CONFIG);
+	names_find_upstream(EXIT_SUCCESS);
 	if (!supervisor_publish(s, &bad))
 		return EX_CONFIG;
 	config.max_conns = 1;
@@ -9184,6 +9975,7 @@ inetd_run(void)
 	fcntl(in, F_SETFL, flags[0] | O_NONBLOCK);
 	fcntl(out, F_SETFL, flags[1] | O_NONBLOCK);
 	setsockopt(in, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	socket_vigil(in);
 	worker_ready(w, root, sandbox_probe(root));
 	bool secure = w->pair != NULL && peer.ss_family != AF_UNIX;
 	enum reason refused = worker_admits(w, &peer, secure, &heard);
@@ -9518,8 +10310,8 @@ command_key(char *const *words, size_t n)
 static uint64_t
 check_memory(void)
 {
-	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * BUF_SIZE + 2 * sizeof(struct pollfd) + 64 +
-	                (config.tls_cert != NULL ? TLS_PLACE : 0);
+	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * page_round(BUF_SIZE) + 2 * sizeof(struct pollfd) + 112 +
+	                (config.tls_cert != NULL ? page_round(sizeof(struct tls_link)) : 0);
 
 	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
 }
@@ -9547,14 +10339,19 @@ check_certificate(void)
 	return good;
 }
 
-/* What a worker's sandbox would be made of here. */
+/* What a worker's sandbox would be made of here, and whether a worker can serve in it. */
 static bool
 check_sandbox(void)
 {
 	char text[128];
 	struct out o = {text, 0, sizeof text, false};
 	int root = sandbox_directory();
+	struct mistake m;
 
+	struct tls_pair *pair = pair_from_config(EXIT_FAILURE);
+	if (!sandbox_rehearse(root, pair, &m))
+		die(EXIT_FAILURE, "%s", m.text);
+	pair_forget(pair);
 	out_walls(&o, sandbox_probe(root));
 	if (geteuid() == 0)
 		return say(STDOUT_FILENO, "sandbox   %.*s; workers run as %llu:%llu\n", (int)o.n, text, (unsigned long long)config.uid,
@@ -9607,7 +10404,8 @@ command_check(void)
 	int fd;
 
 	keys_must_be_named(EXIT_FAILURE);
-	names_find(EXIT_FAILURE);
+	names_find_listen(EXIT_FAILURE);
+	names_find_upstream(EXIT_FAILURE);
 	check_written("log", config.log);
 	check_written("state", config.state);
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))

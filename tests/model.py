@@ -505,25 +505,9 @@ def t_garbage(conn, request, number):
     conn.send(b"\x00\x01\x02 this is not HTTP\r\n\r\n")
 
 
-def t_close_after(conn, request, number):
-    for _ in conn.body():
-        pass
-    conn.answer(200, {"closing": True}, "application/json", "Connection: keep-alive")
-    conn.keep = False
-
-
 def t_die(conn, request, number):
     """Closes without an answer."""
     conn.keep = False
-
-
-def t_die_on_reuse(conn, request, number):
-    for _ in conn.body():
-        pass
-    if request.number > 1:
-        conn.keep = False
-    else:
-        conn.answer(200, {"request": request.number})
 
 
 def t_trailing(conn, request, number):

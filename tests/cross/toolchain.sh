@@ -3,13 +3,13 @@
 #
 #   toolchain.sh ARCH [DIR]
 #
-# aarch64 and armhf: Debian's cross compiler, and musl and BearSSL of that architecture by multi-arch, in their places.
-# riscv64, for which Debian 12 has a compiler but neither of the two libraries: they are compiled from Debian's own
-# source packages, once, into DIR (default build/cross/riscv64).
+# ARCH is aarch64, armhf or riscv64. The compiler is this Debian's. musl and BearSSL come from its packages for that
+# architecture, and are unpacked into DIR (default build/cross/ARCH), once; Debian 12 has none for riscv64: there they are
+# Debian 13's.
 set -eu
 
 arch=${1:-}
-dir=${2:-build/cross/riscv64}
+dir=${2:-build/cross/$arch}
 export DEBIAN_FRONTEND=noninteractive
 
 die() {
@@ -17,32 +17,29 @@ die() {
     exit 1
 }
 
-install() {
-    dpkg -s "$@" >/dev/null 2>&1 || apt-get install -y -qq --no-install-recommends "$@"
-}
+command -v apt-get >/dev/null || die "no apt-get: this is for Debian"
+codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+release=$codename
+case $arch in
+aarch64) debian=arm64 gnu=aarch64-linux-gnu ;;
+armhf) debian=armhf gnu=arm-linux-gnueabihf ;;
+riscv64)
+    debian=riscv64 gnu=riscv64-linux-gnu
+    [ "$codename" != bookworm ] || release=trixie
+    ;;
+*) die "usage: toolchain.sh aarch64|armhf|riscv64 [DIR]" ;;
+esac
 
-# Debian's name of the architecture, and its compiler.
-multiarch() {
-    if ! dpkg --print-foreign-architectures | grep -qx "$1"; then
-        dpkg --add-architecture "$1"
-        # an index of other places, for an architecture that they do not have, may be missing
-        apt-get update -qq || true
-    fi
-    install "$2" "musl-dev:$1" "libbearssl-dev:$1"
-}
-
-# The source packages of musl and BearSSL, with a package list of their own: the machine's is left as it is. Where they
-# come from and who signs them is what apt has for this release.
-fetch_sources() {
-    apt=$work/apt
+# The two packages, with a package list of their own: the machine's is left as it is. Where they come from and who signs
+# them is what apt has for this release.
+fetch() {
     mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
     : >"$apt/status"
-    codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
     # shellcheck disable=SC2016 # apt's own variables
     site=$(apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
         awk -v codename="$codename" '$1 == codename && $2 == "main" { print $3; exit }')
     [ -n "$site" ] || die "apt has no 'main' of $codename"
-    echo "deb-src $site $codename main" >"$apt/sources.list"
+    echo "deb $site $release main" >"$apt/sources.list"
     cat >"$apt/apt.conf" <<CONF
 Dir::State "$apt";
 Dir::State::status "$apt/status";
@@ -50,50 +47,32 @@ Dir::State::lists "$apt/lists";
 Dir::Cache "$apt/cache";
 Dir::Etc::sourcelist "$apt/sources.list";
 Dir::Etc::sourceparts "-";
+APT::Architecture "$debian";
+APT::Architectures { "$debian"; };
 APT::Sandbox::User "root";
+Acquire::Languages "none";
 CONF
     APT_CONFIG=$apt/apt.conf apt-get update -qq
-    (cd "$work" && APT_CONFIG=$apt/apt.conf apt-get source -qq --download-only musl bearssl)
-    dpkg-source -x "$work"/musl_*.dsc "$work/musl"
-    dpkg-source -x "$work"/bearssl_*.dsc "$work/bearssl"
+    (cd "$work" && APT_CONFIG=$apt/apt.conf apt-get download -qq musl-dev libbearssl-dev)
 }
 
-build_musl() {
-    cd "$work/musl"
-    ./configure --target=riscv64-linux-musl CC=riscv64-linux-gnu-gcc CROSS_COMPILE=riscv64-linux-gnu- \
-        --prefix="$prefix" --syslibdir="$prefix/lib" --disable-shared --enable-wrapper=gcc
-    make -j2
-    make install
+# The compiler finds musl by its specs, which name places: those are in DIR.
+unpack() {
+    for package in "$work"/*.deb; do
+        dpkg-deb -x "$package" "$work/root"
+    done
+    sed -i "s#/usr/\(lib\|include\)/#$root/usr/\1/#g" "$work"/root/usr/lib/*/musl-gcc.specs
+    rm -rf "$root"
+    mkdir -p "${root%/*}"
+    mv "$work/root" "$root"
 }
 
-# As Debian does, but with this musl's headers; ar without times, so that two builds are the same.
-build_bearssl() {
-    cd "$work/bearssl"
-    make -j2 CC="riscv64-linux-gnu-gcc -specs $prefix/lib/musl-gcc.specs" AR=riscv64-linux-gnu-ar ARFLAGS=-rcsD \
-        CFLAGS="-W -Wall -Os -fPIC -ffile-prefix-map=$work=." build/libbearssl.a
-    mkdir -p "$prefix/include/bearssl"
-    cp inc/*.h "$prefix/include/bearssl"
-    cp build/libbearssl.a "$prefix/lib"
-}
-
-from_source() {
-    [ ! -e "$dir/lib/libbearssl.a" ] || return 0
-    install gcc-riscv64-linux-gnu dpkg-dev make
-    mkdir -p "$dir"
-    prefix=$(cd "$dir" && pwd)
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
-    # each in a shell of its own, in which set -e holds
-    (fetch_sources) >"$work/log" 2>&1 || { tail -n 20 "$work/log" && die "no sources of musl and BearSSL"; }
-    (build_musl) >"$work/log" 2>&1 || { tail -n 20 "$work/log" && die "musl does not build"; }
-    (build_bearssl) >"$work/log" 2>&1 || { tail -n 20 "$work/log" && die "BearSSL does not build"; }
-}
-
-command -v apt-get >/dev/null || die "no apt-get: this is for Debian"
-case $arch in
-aarch64) multiarch arm64 gcc-aarch64-linux-gnu ;;
-armhf) multiarch armhf gcc-arm-linux-gnueabihf ;;
-riscv64) from_source ;;
-*) die "usage: toolchain.sh aarch64|armhf|riscv64 [DIR]" ;;
-esac
+dpkg -s "gcc-$gnu" >/dev/null 2>&1 || apt-get install -y -qq --no-install-recommends "gcc-$gnu"
+[ ! -d "$dir/usr" ] || exit 0
+root=$(realpath -m "$dir")
+work=$(mktemp -d)
+apt=$work/apt
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+fetch >"$work/log" 2>&1 || { cat "$work/log" >&2 && die "no musl-dev and libbearssl-dev for $debian from $release"; }
+unpack

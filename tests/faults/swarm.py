@@ -655,8 +655,8 @@ def odd(swarm, source, dice):
     method, target, statuses = dice.choice((
         ("GET", "/t/100?n=3", {200}), ("GET", "/t/204", {204}), ("GET", "/t/304", {304}), ("HEAD", "/t/cl/1000", {200}),
         ("GET", "/t/slow/200", {200}), ("GET", "/t/big-head/20000", {200}), ("GET", "/t/big-head/40000", {502}),
-        ("GET", "/t/garbage", {502}), ("POST", "/t/die", {502}), ("GET", "/t/die", {502}), ("GET", "/t/die-on-reuse", {200}),
-        ("POST", "/t/die-on-reuse", {200}), ("GET", "/t/close-after", {200}), ("GET", "/t/none", {404})))
+        ("GET", "/t/garbage", {502}), ("POST", "/t/die", {502}), ("GET", "/t/die", {502}),
+        ("GET", "/t/none", {404})))
     return swarm.ask(source, method, target, statuses=statuses)
 
 

@@ -13,7 +13,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 project=$(cd "$here/../.." && pwd)
 tinyauth=./tinyauth
 verbose=
-most=250000                             # bytes of the image's layer
+most=$((266 * 1024))                    # bytes of the image's layer: the binary's 256 KB, in a tar
 passed=0
 failed=0
 

@@ -91,6 +91,8 @@ class Host:
         run("systemd-sysusers", STAGE / "contrib/systemd/tinyauth.sysusers")
         run("systemd-tmpfiles", "--create", STAGE / "contrib/systemd/tinyauth.tmpfiles")
         self.keys(f"alice {sha256(ALICE)}\n")
+        if version() < 253:
+            self.drop_in("before-253.conf")
         self.set(SERVICE, TINYAUTH_IP_RATE="off")
         self.set(INSTANCE, TINYAUTH_IP_RATE="off")
 
@@ -155,7 +157,8 @@ class Host:
         return [int(show(unit.split()[0], "MainPID")) for unit in units if unit]
 
     def journal(self):
-        """What tinyauth and systemd said in this test."""
+        """What tinyauth and systemd said in this test, all that journald was sent until now."""
+        run("journalctl", "--sync")
         return run("journalctl", "--no-pager", "--output=short-precise", f"--since=@{self.began:.3f}",
                    "--unit=tinyauth*", status=None)
 
@@ -300,6 +303,53 @@ def test_reload_under_load(host):
     same(load.stop(), [], "errors under load")
 
 
+def test_reload_is_complete(host):
+    """Ten times a reload; with systemd 253 and newer the change is in force when the command comes back."""
+    host.start()
+    host.served()
+    workers = children(host.pid())
+    for key in [BOB, ALICE] * 5:
+        host.keys(f"someone {sha256(key)}\n")
+        systemctl("reload", SERVICE)
+        if version() < 253:
+            until(lambda: accepted(host, key), "acceptance of the new key")
+        assert accepted(host, key), "reload came back before the change was in force"
+    same((children(host.pid()), show(SERVICE, "NRestarts")), (workers, "0"), "workers and restarts")
+
+
+@contextlib.contextmanager
+def held(pid):
+    """This process stands still, also when systemd sends it a CONT."""
+    group = Path("/sys/fs/cgroup" + show(SERVICE, "ControlGroup"))
+    own = group / "held"
+    own.mkdir()
+    (own / "cgroup.procs").write_text(str(pid))
+    (own / "cgroup.freeze").write_text("1")
+    until(lambda: "frozen 1" in (own / "cgroup.events").read_text(), "standstill")
+    try:
+        yield
+    finally:
+        (own / "cgroup.freeze").write_text("0")
+        (group / "cgroup.procs").write_text(str(pid))
+        own.rmdir()
+
+
+def test_reload_waits(host):
+    """systemctl reload waits for a supervisor that is slow to hear of it; before systemd 253 it only sends the signal."""
+    host.start()
+    host.served()
+    host.keys(f"bob {sha256(BOB)}\n")
+    with held(host.pid()):
+        reload = subprocess.Popen(["systemctl", "reload", SERVICE])
+        until(lambda: show(SERVICE, "SubState") == "reload-signal" or reload.poll() is not None, "reload")
+        same(reload.poll(), None if version() >= 253 else 0, "status of the reload before it was heard of")
+    same(reload.wait(20), 0, "status of the reload")
+    if version() >= 253:
+        assert accepted(host, BOB), "reload came back before the change was in force"
+    until(lambda: accepted(host, BOB), "acceptance of the new key")
+    until(host.is_active, "end of the reload")
+
+
 def test_reload_of_wrong_keys(host):
     """A keys file with an error changes nothing: reload ends, the service stays up with the old keys."""
     host.start()
@@ -310,6 +360,38 @@ def test_reload_of_wrong_keys(host):
     until(lambda: "keys_refused" in host.journal(), "line about the keys")
     host.served()
     same((host.pid(), show(SERVICE, "ActiveState")), (pid, "active"), "process and state")
+
+
+@contextlib.contextmanager
+def journald_limit(*lines):
+    """journald with these settings."""
+    path = Path("/run/systemd/journald.conf.d/test.conf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["[Journal]", *lines, ""]))
+    systemctl("restart", "systemd-journald")
+    try:
+        yield
+    finally:
+        path.unlink()
+        systemctl("restart", "systemd-journald")
+
+
+def flood(host, count):
+    """So many requests, each with a line in the log, not faster than journald takes them."""
+    client = host.connect()
+    for _ in range(count // 50):
+        client.send(request("GET", "/api/version") * 50)
+        same({client.read().status for _ in range(50)}, {200}, "statuses")
+
+
+def test_journal_keeps_every_line(host):
+    """journald drops none of the service's lines, however many they are: it would at 10,000 in 30 s, here at a few hundred."""
+    with journald_limit("RateLimitIntervalSec=1h", "RateLimitBurst=50"):
+        host.start()
+        flood(host, 2000)
+        host.keys("alice\n")
+        until(lambda: "keys_refused" in host.journal(), "line about the keys after many others")
+        same(host.journal().count("path=/api/version status=200"), 2000, "lines of requests")
 
 
 def test_upgrade_under_load(host):
@@ -491,6 +573,8 @@ def test_tls_renewal(host):
     pid = host.pid()
     make_certificate(2)
     systemctl("reload", SERVICE)
+    if version() >= 253:
+        same(tls_request(), (200, 2), "status and serial number as the reload came back")
     until(lambda: tls_request() == (200, 2), "new certificate")
     same(host.pid(), pid, "main process")
 

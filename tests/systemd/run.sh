@@ -4,9 +4,9 @@
 #
 #   run.sh [--tinyauth BIN] [--root DIR] [--suite SUITE] [-v] [PATTERN]
 #
-# DIR (default build/systemd-SUITE) holds the Debian root, which is made once by debootstrap and never written to again;
-# SUITE is a Debian release (default bookworm). PATTERN picks tests by a part of their name. Needs root, debootstrap and
-# systemd-container; without them nothing is tested. The last line is `N passed, N failed`.
+# DIR (default build/systemd-SUITE) holds the Debian root, which is made once (tests/releases/root.sh) and never written to
+# again; SUITE is a Debian release: bookworm (the default), whose systemd is 252, or trixie, with 257. PATTERN picks tests by a
+# part of their name. Needs root, debootstrap and systemd-container; without them it fails. The last line is `N passed, N failed`.
 set -u
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,14 +15,8 @@ tinyauth=./tinyauth
 suite=bookworm
 root=
 verbose=
-packages=systemd,systemd-sysv,dbus,python3,openssl,iproute2
+packages=(systemd systemd-sysv dbus python3 openssl iproute2)
 limit=600                               # seconds for the container, its boot included
-
-skip() {
-    echo "tests/systemd: skipped: $*"
-    echo "0 passed, 0 failed"
-    exit 0
-}
 
 fail() {
     echo "FAILED  tests/systemd: $*"
@@ -52,8 +46,8 @@ done
 pattern=${1:-}
 root=${root:-$project/build/systemd-$suite}
 
-[ "$(id -u)" -eq 0 ] || skip "not root"
-command -v systemd-nspawn >/dev/null || skip "no systemd-nspawn; install systemd-container"
+[ "$(id -u)" -eq 0 ] || fail "not root"
+command -v systemd-nspawn >/dev/null || fail "no systemd-nspawn; install systemd-container"
 [ -x "$tinyauth" ] || fail "no $tinyauth; build it with make"
 
 work=$(mktemp -d) || exit 1
@@ -74,24 +68,17 @@ clean_up() {
     remove_cgroups
     # nspawn means to do it and does not where /run is on a disk
     rmdir "/run/systemd/nspawn/propagate/$machine" 2>/dev/null
-    rm -rf "$work" "$root.new"
+    rm -rf "$work"
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 
-# The root is whole once it has its name.
 make_root() {
     [ ! -d "$root" ] || return 0
-    command -v debootstrap >/dev/null || skip "no debootstrap"
     echo "making a Debian $suite in $root"
-    mkdir -p "$(dirname "$root")"
-    rm -rf "$root.new"
-    if ! debootstrap --variant=minbase "--include=$packages" "$suite" "$root.new" >"$work/debootstrap" 2>&1; then
-        tail -n 20 "$work/debootstrap"
-        fail "debootstrap failed"
-    fi
-    rm -rf "$root.new/var/cache/apt/archives" "$root.new/var/lib/apt/lists"
-    mv "$root.new" "$root"
+    "$project/tests/releases/root.sh" "$suite" "$root" "${packages[@]}" >"$work/root" 2>&1 && return
+    tail -n 20 "$work/root"
+    fail "no root"
 }
 
 # What the container needs of the project, apart from the project.
