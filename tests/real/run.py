@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import compare  # noqa: E402
 import e2e  # noqa: E402
 from e2e import ALICE, Client, Cut, Lab, Run, Started, request, same, until  # noqa: E402
-from servers import Llama, Ollama, Tap  # noqa: E402
+from servers import Llama, Ollama, Server, Tap  # noqa: E402
 
 WATCHDOG = 900
 OWNER = 12345                           # nobody else's
@@ -38,10 +38,11 @@ CHAT = [{"role": "user", "content": "open the door"}]
 
 # What tinyauth is to do and does not do yet, and what is missing.
 NOT_YET = {
-    "test_llama_thirty_idle_clients": "an upstream connection carries one request",
     "test_llama_unix_socket_of_another": "EACCES of a unix upstream is told with the socket's mode and owner",
     "test_llama_unix_socket_of_another_checked": "`check` looks at a unix upstream's mode",
     "test_ollama_foreign_origin": "Origin is dropped on the way to the server",
+    "test_llama_ready": "/ready",
+    "test_ollama_streams_are_not_to_be_held": "X-Accel-Buffering on streams",
     "test_llama_foreign_origin": "Origin is dropped on the way to the server",
 }
 
@@ -90,7 +91,7 @@ def post(target, body, *fields, key=ALICE, host=e2e.HOST, **more):
 
 
 def speech(server, tokens=1900, stream=True, words=3):
-    """(target, body) of a request that keeps the slow model busy for seconds; a word of the prompt is five tokens."""
+    """(target, body) of a request that keeps the slow model busy for seconds; a word of the prompt is some tokens."""
     messages = [{"role": "user", "content": "door " * words}]
     if server.kind == "llama":
         return "/v1/chat/completions", {"messages": messages, "max_tokens": tokens, "stream": stream, "cache_prompt": False}
@@ -136,7 +137,7 @@ def idle(server, mark):
     """Wait until the server works for nobody. llama-server's log is read: asking it would keep it from seeing that a client left."""
     straight = Way(server)
     if server.kind == "llama":
-        server.wait("all slots are idle", mark, timeout=60)
+        server.wait("stop processing", mark, timeout=60)
     else:
         target, body = speech(server, tokens=1, stream=False)
         same(straight.ask("POST", target, body=json.dumps(body).encode()).status, 200, "a short request")
@@ -161,6 +162,8 @@ def judged(lab, server, cases):
         if entry[0] == server.kind and any(re.fullmatch(entry[1], name) for name in names) and entry not in seen:
             wrong.append(f"no longer unlike: {entry}")
     assert not wrong, f"{len(wrong)} differences\n        " + "\n        ".join(wrong[:20])
+    lab.shared.note(f"{len(cases)} cases alike, but for: " + "; ".join(
+        f"{name} ({what}): {why}" for _, name, what, why in sorted(seen)) + (" and " if seen else "") + "what is not compared")
     return len(cases)
 
 
@@ -195,7 +198,7 @@ def leave(server, way, how):
         client.close()
         client = begin(server, way)
     else:
-        words = 300 if how == "before the first token" else 3
+        words = 60 if how == "before the first token" else 3
         way.post(client, *speech(server, stream=how != "whole answer", words=words))
         if how == "queued" and server.kind == "llama":
             until(lambda: b"requests_deferred 1" in Way(server).ask("GET", "/metrics").body, "queued request")
@@ -292,6 +295,16 @@ def test_llama_loading(lab):
     gate.open()
     server.wait("listening on")
     same(client.ask("GET", "/v1/models").status, 200, "afterwards")
+
+
+def test_llama_ready(lab):
+    """/ready without a key: 200 while the server takes connections (also while it loads), 503 when it is gone."""
+    server, gate = loading(lab)
+    tinyauth = front(lab, server)
+    same(tinyauth.ask("GET", "/ready", key=None).status, 200, "while loading")
+    server.kill()
+    until(lambda: tinyauth.ask("GET", "/ready", key=None).status == 503, "503 when it is gone", 3)
+    same(tinyauth.ask("GET", "/health", key=None).status, 200, "/health meanwhile")
 
 
 def cut_in_a_stream(lab, server, start):
@@ -502,6 +515,15 @@ def test_llama_ipv6(lab):
     server = keep(lab, Llama(lab.shared.place, "tiny", host="::1"))
     tinyauth = lab.tinyauth(upstream=f"[::1]:{server.port}")
     same(tinyauth.ask("GET", "/v1/models").status, 200, "status")
+
+
+def test_ollama_streams_are_not_to_be_held(lab):
+    """Event streams and NDJSON carry X-Accel-Buffering: no, whole answers do not."""
+    tinyauth = front(lab, lab.shared.get("ollama"))
+    for target, stream in (("/api/chat", True), ("/v1/chat/completions", True), ("/v1/messages", True), ("/api/chat", False)):
+        body = {"model": "tiny", "messages": CHAT, "max_tokens": 3, "stream": stream, "options": {"num_predict": 3}}
+        answer = tinyauth.ask("POST", target, body=json.dumps(body).encode())
+        same(answer.get("X-Accel-Buffering"), "no" if stream else None, f"{target}, stream {stream}")
 
 
 # Its walls
@@ -754,6 +776,10 @@ class RealRun(Run):
         if why:
             problems = [f"passes: take it out of NOT_YET ({why})"]
         super().report(test, problems, word, seconds, lab)
+        if problems:
+            for server in [*self.model.found.values(), *lab.things]:
+                for _, line in getattr(server, "lines", [])[-25:] if isinstance(server, Server) else []:
+                    print(f"        {server.kind} | {line[:260]}")
         self.passed += 0 if problems or word else self.cases
 
     def end(self):
@@ -776,6 +802,7 @@ def main():
         print("0 passed, 1 failed")
         return 1
     place = options.dir.resolve()
+    print("not compared: " + "; ".join(f"{name}: {why}" for name, why in compare.HOP.items()))
     print(f"llama-server {Llama.version(place)}\nOllama {Ollama.version(place)}", flush=True)
     tests = [test for name, test in globals().items() if name.startswith("test_") and options.pattern in name]
     run = RealRun(str(Path(options.tinyauth).resolve()), options.verbose, place)
