@@ -9,10 +9,11 @@
 #   root/real/tiny.gguf   a model that answers at once
 #   root/real/slow.gguf   one that takes some milliseconds for a token
 #   root/real/gate.so     what holds llama-server while it loads
-# Wants root, debootstrap, g++ and a Go of 1.21 or newer. What cannot be had ends this with status 1.
+# Wants root, debootstrap, gcc, g++ and Go. What cannot be had ends this with status 1.
 set -eu
 
 OLLAMA=v0.17.4
+GO=go1.24.1                 # what its module names
 SUITE=testing
 MIRROR=http://deb.debian.org/debian
 PACKAGES=llama.cpp-tools,nlohmann-json3-dev,libstb-dev,libminiaudio-dev
@@ -42,14 +43,33 @@ make_root() {
     mv "$dir/root.new" "$dir/root"
 }
 
+# The go command that runs: the system's, which fetches what a module names; before 1.21 it cannot, and Go itself is a module, too.
+go_command() {
+    local module
+    if go version | grep -qE 'go1\.(2[1-9]|[3-9][0-9])'; then
+        command -v go
+        return
+    fi
+    if [ ! -x "$dir/go/bin/go" ]; then
+        module=golang.org/toolchain@v0.0.1-$GO.linux-$(dpkg --print-architecture)
+        (cd "$dir" && go mod download "$module")
+        rm -rf "$dir/go"
+        cp -r "$(go env GOMODCACHE)/$module" "$dir/go"
+        chmod -R u+w "$dir/go"
+        chmod +x "$dir"/go/bin/* "$dir"/go/pkg/tool/*/*
+    fi
+    echo "$dir/go/bin/go"
+}
+
 # A Go module carries no `vendor` folders, which is where Ollama keeps these headers.
 make_ollama() {
-    local headers=$dir/headers usr=$dir/root/usr/include
+    local headers=$dir/headers usr=$dir/root/usr/include go
+    go=$(go_command)
     rm -rf "$headers"
     mkdir -p "$headers/miniaudio" "$dir/bin"
     cp -r "$usr/nlohmann" "$usr/stb" "$headers"
     find "$usr" -name miniaudio.h -exec cp {} "$headers/miniaudio" \;
-    GOBIN=$dir/bin CGO_ENABLED=1 CGO_CPPFLAGS=-I$headers CGO_CXXFLAGS=-O1 nice -n 5 go install "github.com/ollama/ollama@$OLLAMA"
+    GOBIN=$dir/bin CGO_ENABLED=1 CGO_CPPFLAGS=-I$headers CGO_CXXFLAGS=-O1 nice -n 5 "$go" install "github.com/ollama/ollama@$OLLAMA"
     mv "$dir/bin/ollama" "$dir/ollama"
 }
 
