@@ -15,7 +15,6 @@ set -eu
 OLLAMA=v0.17.4
 GO=go1.24.1                 # what its module names
 SUITE=testing
-MIRROR=http://deb.debian.org/debian
 PACKAGES=llama.cpp-tools,nlohmann-json3-dev,libstb-dev,libminiaudio-dev
 
 cd "$(dirname "$0")/../.."
@@ -28,7 +27,8 @@ flock 9
 quietly() {
     local name=$1 began=$SECONDS
     shift
-    "$@" >"$dir/$name.log" 2>&1 </dev/null || {
+    "$@" >"$dir/$name.log" 2>&1 </dev/null &
+    wait $! || {
         tail -n 40 "$dir/$name.log"
         echo "real: $name could not be made" >&2
         exit 1
@@ -38,7 +38,7 @@ quietly() {
 
 make_root() {
     rm -rf "$dir/root.new"
-    debootstrap --variant=minbase --include=$PACKAGES $SUITE "$dir/root.new" $MIRROR
+    debootstrap --variant=minbase --include=$PACKAGES $SUITE "$dir/root.new"
     rm -f "$dir"/root.new/var/cache/apt/archives/*.deb
     mv "$dir/root.new" "$dir/root"
 }
@@ -70,7 +70,8 @@ make_ollama() {
     cp -r "$usr/nlohmann" "$usr/stb" "$headers"
     find "$usr" -name miniaudio.h -exec cp {} "$headers/miniaudio" \;
     GOBIN=$dir/bin CGO_ENABLED=1 CGO_CPPFLAGS=-I$headers CGO_CXXFLAGS=-O1 nice -n 5 "$go" install "github.com/ollama/ollama@$OLLAMA"
-    mv "$dir/bin/ollama" "$dir/ollama"
+    mv "$dir/bin/ollama" "$dir/ollama-$OLLAMA"
+    ln -sfn "ollama-$OLLAMA" "$dir/ollama"
 }
 
 make_models() {
@@ -83,7 +84,7 @@ make_models() {
 }
 
 [ -x "$dir/root/usr/bin/llama-server" ] || quietly root make_root
-[ -x "$dir/ollama" ] || quietly ollama make_ollama
+[ "$(readlink "$dir/ollama")" = "ollama-$OLLAMA" ] || quietly ollama make_ollama
 for source in make.sh gguf.py gate.c; do
     [ "tests/real/$source" -ot "$dir/root/real/made" ] || stale=1
 done
