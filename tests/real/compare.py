@@ -201,7 +201,8 @@ def llama_cases():
             ("/models/load", {"model": "tiny"}), ("/models/unload", {"model": "tiny"}), ("/tools", {}), ("/cors-proxy", {}), ("/mcp", {})):
         cases.append(Case(f"POST {target}", "POST", target, body))
     for target in ("/", "/index.html", "/health", "/v1/health", "/models", "/v1/models", "/v1/models/tiny", "/props",
-                   "/lora-adapters", "/slots", "/metrics", "/v1/streams", "/v1/stream", "/v1/stream/x", "/models/sse", "/tools", "/cors-proxy", "/no-such-route",
+                   "/lora-adapters", "/slots", "/metrics", "/v1/streams", "/v1/stream", "/v1/stream/x", "/models/sse", "/tools",
+                   "/cors-proxy", "/no-such-route",
                    "/v1/no-such-route", "/api/tags", "/v1/models/"):
         cases.append(Case(f"GET {target}", "GET", target))
         cases.append(Case(f"HEAD {target}", "HEAD", target))
@@ -270,7 +271,8 @@ def ollama_cases():
         cases.append(Case(f"POST {target} {json.dumps(body)[:60]}", "POST", target, body))
     for target in ("/", "/api/version", "/api/status", "/api/tags", "/api/ps", "/v1/models", "/v1/models/tiny",
                    "/v1/models/nothing", "/v1/models/", "/api/tags/", "/api/experimental/aliases", "/no-such-route",
-                   "/api/no-such-route", "/v1/no-such-route", "/api/show", "/debug/pprof", "/v1/models/org%2Fname", "/api/blobs/sha256:" + "0" * 64, "//api/tags"):
+                   "/api/no-such-route", "/v1/no-such-route", "/api/show", "/debug/pprof", "/v1/models/org%2Fname",
+                   "/api/blobs/sha256:" + "0" * 64, "//api/tags"):
         cases.append(Case(f"GET {target}", "GET", target))
         cases.append(Case(f"HEAD {target}", "HEAD", target))
     cases += [Case(f"{method} /api/tags", method, "/api/tags") for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "POST")]
