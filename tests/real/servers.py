@@ -74,6 +74,7 @@ class Llama(Server):
     kind = "llama"
     BEGUN = "processing task"
     GONE = "cancel task"
+    LOOKS = 1.0                         # seconds between two looks at whether a client is still there
     owner = None                        # the user whom it runs as
 
     def __init__(self, place, model="tiny", *options, gate=None, host="127.0.0.1", slots=4):
@@ -100,6 +101,7 @@ class Ollama(Server):
     """Ollama with models `tiny` and `slow`."""
     kind = "ollama"
     BEGUN = "completion request"        # with OLLAMA_DEBUG
+    LOOKS = 0.0
     GONE = r"\[GIN\].* \| +POST +"
 
     def __init__(self, place, home, **env):
