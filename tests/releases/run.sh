@@ -1,6 +1,6 @@
 #!/bin/bash
 # README's two commands for Debian, as a newcomer runs them: in a clean root of each release, with the packages that they
-# name and nothing else.
+# name and nothing else. Then, where the release is not this machine's (tests/cross), its compilers for other processors.
 #
 #   run.sh [-v] [SUITE...]
 #
@@ -73,7 +73,7 @@ verdict() {
 }
 
 one() {
-    local suite=$1 root=$project/build/release-$1.$$ command
+    local suite=$1 root=$project/build/release-$1.$$ command arch
     roots+=("$root" "$root.new")
     "$here/root.sh" "$suite" "$root" >"$work/output" 2>&1 || { verdict "$suite: a clean root" 1; return; }
     copy_sources "$root/root/tinyauth" || { verdict "$suite: sources" 1; return; }
@@ -81,6 +81,12 @@ one() {
         in_root "$root" "$command"
         verdict "$suite: ${command##*&& }" $?
     done
+    if ! grep -qx "VERSION_CODENAME=$suite" /etc/os-release; then
+        for arch in aarch64 armhf riscv64; do
+            in_root "$root" "sh tests/cross/toolchain.sh $arch && make cross ARCH=$arch"
+            verdict "$suite: make cross ARCH=$arch" $?
+        done
+    fi
     rm -rf --one-file-system "$root"
 }
 
