@@ -4,8 +4,8 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-releases | test-clients | test-diff | test-faults | test-swarm | bench | coverage | fuzz | analyse |
-#      lint | install | uninstall | clean
+#      test-cross | test-kernels | test-releases | test-clients | test-diff | test-faults | test-ports | test-swarm | bench |
+#      coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -95,6 +95,10 @@ test-image: tinyauth
 test-cross:
 	bash tests/cross/run.sh
 
+# Debian's kernels for other processors, booted in an emulator.
+test-kernels:
+	python3 tests/kernels/run.py
+
 # README's commands in clean roots of the Debian releases.
 test-releases:
 	bash tests/releases/run.sh
@@ -156,6 +160,10 @@ build/unwalled: tinyauth.c tinyauth.h build/flags build/libbearssl.a
 test-faults: tinyauth build/unwalled
 	python3 tests/faults/run.py --tinyauth build/unwalled
 
+# One upstream connection a request, and enough local ports for them; needs root and network namespaces.
+test-ports: tinyauth
+	python3 tests/faults/ports.py
+
 # A swarm of hostile and honest clients; best with SANITIZE=1.
 test-swarm: tinyauth
 	python3 tests/faults/swarm.py
@@ -205,5 +213,5 @@ clean:
 	rm -rf tinyauth build
 
 .PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-releases test-clients test-diff test-faults test-swarm coverage fuzz analyse lint install uninstall clean \
-	force
+	test-cross test-kernels test-releases test-clients test-diff test-faults test-ports test-swarm coverage fuzz analyse lint \
+	install uninstall clean force

@@ -25,7 +25,7 @@
  *
  * Memory is decided at start. A worker maps, and touches only what it uses:
  *
- *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 80 for poll and epoll
+ *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 128 for poll, epoll and pools
  *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
@@ -598,6 +598,32 @@ descriptor_idle(void)
 	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM, 0);
 }
 
+/* Closes all descriptors but standard input, output and error and those in `keep`, which is sorted for that; -1 is none. */
+static void
+descriptors_close_but(int *keep, size_t n)
+{
+	enum { CLOSE_RANGE = 436, OLD_MOST = 65536 };
+	unsigned from = STDERR_FILENO + 1;
+
+	for (size_t i = 1; i < n; i++)
+		for (size_t k = i; k > 0 && keep[k - 1] > keep[k]; k--) {
+			int swapped = keep[k];
+			keep[k] = keep[k - 1];
+			keep[k - 1] = swapped;
+		}
+	for (size_t i = 0; i <= n; i++) {
+		unsigned to = i < n ? (unsigned)keep[i] : UINT_MAX;
+		if (i < n && keep[i] < (int)from)
+			continue;
+#if TINYAUTH_LINUX
+		if (to > from && syscall(CLOSE_RANGE, from, to - 1, 0) != 0)   /* before Linux 5.9 */
+#endif
+			for (unsigned fd = from; fd < to && fd < OLD_MOST; fd++)
+				close((int)fd);
+		from = to + 1;
+	}
+}
+
 /* Standard input, output and error are something, so that no other file is ever taken for them. */
 static void
 descriptors_fill(void)
@@ -664,7 +690,7 @@ cpus_online(void)
 }
 
 /* Bytes of a page of memory: 4 KB, or on some machines 16 or 64. */
-static inline size_t
+static size_t
 page_size(void)
 {
 	static size_t size;
@@ -672,6 +698,13 @@ page_size(void)
 	if (size == 0)
 		size = (size_t)sysconf(_SC_PAGESIZE);
 	return size;
+}
+
+/* Bytes of the pages that so many bytes need. */
+static size_t
+page_round(size_t n)
+{
+	return (n + page_size() - 1) & ~(page_size() - 1);
 }
 
 /* A mapping that costs memory only where it is touched, or NULL. */
@@ -688,10 +721,10 @@ map_try(size_t n, int flags)
 static void
 map_touch(void *p, size_t n)
 {
-	enum { PAGE_SMALLEST = 4096, POPULATE_WRITE = 23 };
-	uintptr_t from = (uintptr_t)p & ~(uintptr_t)(PAGE_SMALLEST - 1);
+	enum { POPULATE_WRITE = 23 };
+	uintptr_t from = (uintptr_t)p & ~(uintptr_t)(page_size() - 1);
 
-	if (TINYAUTH_LINUX && n > 16 * PAGE_SMALLEST)
+	if (TINYAUTH_LINUX && n > 65536)
 		madvise((void *)from, (uintptr_t)p + n - from, POPULATE_WRITE);
 }
 
@@ -713,30 +746,45 @@ pool_new(size_t max, size_t each)
 
 	if (__builtin_mul_overflow(max, each, &size))
 		die(EXIT_FAILURE, "%zu connections are more than this system can address; lower --max-conns", max);
-	return (struct pool){map_new(size, MAP_PRIVATE), each, 0, max, NULL};
+	return (struct pool){.mem = map_new(size, MAP_PRIVATE), .each = each, .left = max,
+	    .given = map_new(max * sizeof(void *), MAP_PRIVATE)};
 }
 
 /* A place, or NULL: all are in use. */
 static void *
 pool_take(struct pool *p)
 {
-	void *place = p->given;
-
 	if (p->left == 0)
 		return NULL;
 	p->left--;
-	if (place == NULL)
+	if (p->n == 0)
 		return p->mem + p->fresh++ * p->each;
-	memcpy(&p->given, place, sizeof p->given);
-	return place;
+	p->n--;
+	if (p->cold > p->n)
+		p->cold = p->n;
+	return p->given[p->n];
 }
 
 static void
 pool_give(struct pool *p, void *place)
 {
-	memcpy(place, &p->given, sizeof p->given);
-	p->given = place;
+	p->given[p->n++] = place;
 	p->left++;
+}
+
+/* Places that came back, but for the last few, still hold memory. */
+static bool
+pool_warm(const struct pool *p)
+{
+	return p->n > p->cold + TRIM_KEEP;
+}
+
+/* Gives the system the memory of places that came back, but for the last few. Of pools whose places are whole pages. */
+static void
+pool_trim(struct pool *p)
+{
+	for (; pool_warm(p); p->cold++)
+		madvise(p->given[p->cold], p->each, MADV_DONTNEED);
 }
 
 /* A mapping that children share: a memfd, which an upgrade can hand over; where there is none, a file that has no name any
@@ -822,6 +870,26 @@ file_writable(const char *path)
 	if (fd >= 0)
 		close(fd);
 	return good;
+}
+
+/* Gives a file of `size` bytes or less its whole size, on the disk as well: a hole in a mapping of it for which there is no room
+ * later is a SIGBUS. What it holds stays. False with errno. */
+static bool
+file_allocate(int fd, const struct stat *st, size_t size)
+{
+	enum { BLOCK = 4096 };
+	int error = posix_fallocate(fd, 0, (off_t)size);
+	char byte;
+
+	if (error != EOPNOTSUPP && error != ENOSYS && error != EINVAL)   /* the file system can do so, or there is no room */
+		return (errno = error) == 0;
+	for (off_t at = 0; (size_t)at < size && (uint64_t)st->st_blocks * 512 < size; at += BLOCK) {
+		off_t last = at + BLOCK - 1 < (off_t)size ? at + BLOCK - 1 : (off_t)size - 1;
+		byte = 0;
+		if (pread(fd, &byte, 1, last) < 0 || pwrite(fd, &byte, 1, last) != 1)
+			return false;
+	}
+	return true;
 }
 
 /* Reads all of an open file, up to `max` bytes. NULL, or what is wrong. */
@@ -2472,6 +2540,16 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 	return NULL;
 }
 
+__attribute__((noreturn)) static void
+table_no_room(const char *path, int fd, bool fresh)
+{
+	int error = errno;
+
+	if (fresh && ftruncate(fd, 0) != 0)
+		error = errno;
+	die(EX_CONFIG, "%s: no room for the shared table: %s; make room, or name another file with --state", path, strerror(error));
+}
+
 /* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is
  * broken, of another version or too small is set aside as FILE.old, and *aside tells. */
 static struct table *
@@ -2489,8 +2567,11 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1)
 			die(EX_CONFIG, "%s: is not a file that this user alone can write; name another with --state", path);
 		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
-		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
+		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL) {
+			if (!file_allocate(*fd, &st, (size_t)st.st_size))
+				table_no_room(path, *fd, false);
 			break;
+		}
 		text_print(old, sizeof old, "%s.old", path);
 		if (same && st.st_size > 0) {
 			*aside = true;
@@ -2499,9 +2580,9 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		} else if (same) {
 			uint64_t size = table_size(rows, conns);
 			errno = ENOMEM;
-			if (size > SIZE_MAX || ftruncate(*fd, (off_t)size) != 0 ||
+			if (size > SIZE_MAX || !file_allocate(*fd, &st, (size_t)size) ||
 			    (t = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
-				die(EX_CONFIG, "%s: no room for the shared table: %s", path, strerror(errno));
+				table_no_room(path, *fd, true);
 			table_begin(t, rows, conns);
 			break;
 		}
@@ -2533,7 +2614,7 @@ table_row_give(struct table *t, struct conn_row *row)
 
 	for (uint32_t i = 0; i < used && i < geometry.conns; i++)
 		atomic_store_explicit(&table_held(t, row)[i], 0, memory_order_relaxed);
-	row->used = 0;
+	row->used = row->room = 0;
 	atomic_store(&row->requests, 0);
 	atomic_store(&row->taken, 0);
 }
@@ -2625,17 +2706,26 @@ table_address_id(const struct table *t, const struct sockaddr_storage *ss)
 	return hash_keyed(t->seed, word) | 1;
 }
 
+/* A time of the table, when one up to `latest` can have been written by a clock that runs still; else it is of a clock before a
+ * reboot, and long past. */
+static uint64_t
+table_time(const _Atomic uint64_t *ns, uint64_t latest)
+{
+	uint64_t time = atomic_load_explicit(ns, memory_order_relaxed);
+
+	return time <= latest ? time : 0;
+}
+
 /* The slot of an identity: its own, or a free one, or the one whose time lies furthest back. */
 static struct rate_slot *
-table_slot(struct rate_slot *set, uint64_t id)
+table_slot(struct rate_slot *set, uint64_t id, uint64_t latest)
 {
 	for (;;) {
 		struct rate_slot *oldest = &set[0];
 		for (size_t i = 0; i < RATE_WAYS; i++) {
 			if (atomic_load_explicit(&set[i].id, memory_order_relaxed) == id)
 				return &set[i];
-			if (atomic_load_explicit(&set[i].tat_ns, memory_order_relaxed) <
-			    atomic_load_explicit(&oldest->tat_ns, memory_order_relaxed))
+			if (table_time(&set[i].tat_ns, latest) < table_time(&oldest->tat_ns, latest))
 				oldest = &set[i];
 		}
 		uint64_t evicted = atomic_load_explicit(&oldest->id, memory_order_relaxed);
@@ -2655,17 +2745,87 @@ table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_n
 
 	if (interval == 0)
 		return 0;
-	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id);
+	uint64_t latest = now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS;
+	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id, latest);
 	tat = atomic_load_explicit(&slot->tat_ns, memory_order_relaxed);
 	do {
-		uint64_t from = tat > now_ns ? tat : now_ns;
-		if (from > now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS)
-			from = now_ns;      /* of a clock that was restarted since: begun anew */
+		uint64_t from = tat > now_ns && tat <= latest ? tat : now_ns;
 		if (from - now_ns > reach)
 			return from - now_ns - reach;
 		next = from + interval;
 	} while (!atomic_compare_exchange_weak_explicit(&slot->tat_ns, &tat, next, memory_order_relaxed, memory_order_relaxed));
 	return 0;
+}
+
+/* ---- what became of an upstream's addresses ------------------------------------------------------------------ */
+
+static uint64_t
+fate_id(const struct table *t, const struct addr *a)
+{
+	uint64_t word[2] = {a->ss.ss_family, 0xcbf29ce484222325ull};
+
+	for (const char *c = a->text; *c != '\0'; c++)
+		word[1] = (word[1] ^ (unsigned char)*c) * 0x100000001b3ull;
+	return hash_keyed(t->seed, word) | 1;
+}
+
+static struct fate_slot *
+fate_find(struct table *t, uint64_t id)
+{
+	for (size_t i = 0; i < FATES; i++)
+		if (atomic_load_explicit(&t->fate[i].id, memory_order_relaxed) == id)
+			return &t->fate[i];
+	return NULL;
+}
+
+/* Was this address out of reach a short while ago? Then others go first. After its rest the first who asks may try it; to the
+ * others it rests until that one knows. */
+static bool
+fate_rests(struct table *t, const struct addr *a, uint64_t now_ns)
+{
+	struct fate_slot *slot = fate_find(t, fate_id(t, a));
+	uint64_t failed_ns = slot == NULL ? 0 : atomic_load_explicit(&slot->failed_ns, memory_order_relaxed);
+
+	if (failed_ns == 0)
+		return false;
+	if (failed_ns <= now_ns + CLOCK_SKEW_MS * NS_PER_MS && now_ns < failed_ns + FATE_REST_MS * NS_PER_MS)
+		return true;
+	return !atomic_compare_exchange_strong(&slot->failed_ns, &failed_ns, now_ns);
+}
+
+/* It cannot be reached. Takes the place of what is oldest. */
+static void
+fate_failed(struct table *t, const struct addr *a, uint64_t now_ns)
+{
+	uint64_t id = fate_id(t, a);
+	struct fate_slot *slot = fate_find(t, id), *oldest = t->fate;
+
+	for (size_t i = 1; slot == NULL && i < FATES; i++)
+		if (table_time(&t->fate[i].failed_ns, now_ns) < table_time(&oldest->failed_ns, now_ns))
+			oldest = &t->fate[i];
+	if (slot == NULL)
+		atomic_store_explicit(&(slot = oldest)->id, id, memory_order_relaxed);
+	atomic_store_explicit(&slot->failed_ns, now_ns, memory_order_relaxed);
+}
+
+/* It was reached. */
+static void
+fate_reached(struct table *t, const struct addr *a)
+{
+	struct fate_slot *slot = fate_find(t, fate_id(t, a));
+
+	if (slot != NULL && atomic_load_explicit(&slot->failed_ns, memory_order_relaxed) != 0)
+		atomic_store_explicit(&slot->failed_ns, 0, memory_order_relaxed);
+}
+
+/* Is there another worker of this server that has room for a connection? */
+static bool
+table_room_elsewhere(struct table *t, const struct conn_row *own, uint32_t server)
+{
+	for (uint32_t i = 0; i < geometry.rows && server != 0; i++)
+		if (table_row(t, i) != own && atomic_load_explicit(&table_row(t, i)->room, memory_order_relaxed) == server)
+			return true;
+	return false;
 }
 
 /* ---- TLS sessions -------------------------------------------------------------------------------------------- */
@@ -3913,6 +4073,8 @@ static const struct reason_row {
 	[R_CLIENT_CLOSED] = {499, "client_closed", "", "", "", ""},
 	[R_CLIENT_CUT] = {499, "client_cut", "", "", "", ""},
 	[R_CLIENT_STALLED] = {499, "client_stalled", "", "", "", ""},
+	[R_UPSTREAM_UNKNOWN] = {502, "upstream_unknown", "bad_gateway", "server_error", "api_error",
+	    "the address of the model server at % cannot be found: look at the name server, or correct --upstream"},
 	[R_UPSTREAM_REFUSED] = {502, "upstream_refused", "bad_gateway", "server_error", "api_error",
 	    "cannot connect to the model server at %: start it, or correct --upstream"},
 	[R_UPSTREAM_CONNECT_TIMEOUT] = {504, "upstream_connect_timeout", "gateway_timeout", "server_error", "api_error",
@@ -4767,8 +4929,7 @@ struct tls_link {
 	unsigned char in[TLS_IN], out[TLS_OUT];
 };
 
-enum { STAGE = 32768, PAGE = 4096, TLS_PLACE = (sizeof(struct tls_link) + PAGE - 1) / PAGE * PAGE,
-	TLS_KEEP = (offsetof(struct tls_link, in) / PAGE + 2) * PAGE - offsetof(struct tls_link, in) };   /* bytes of `in` up to a page's end */
+enum { STAGE = 32768, TLS_KEEP = 4096 };     /* at least so many bytes of `in` keep their memory */
 
 /* What suits the processor: each constant-time, the faster one where there are two. */
 #if defined(__x86_64__)
@@ -4850,8 +5011,8 @@ tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 {
 	struct tls *home = map_new(sizeof *home, MAP_PRIVATE);
 
-	home->links = pool_new(max, TLS_PLACE);
-	madvise(home->links.mem, max * TLS_PLACE, MADV_DONTDUMP);
+	home->links = pool_new(max, page_round(sizeof(struct tls_link)));
+	madvise(home->links.mem, max * home->links.each, MADV_DONTDUMP);
 	home->cache = &SESSION_CACHE;
 	home->pair = pair;
 	home->sessions = sessions;
@@ -4917,6 +5078,19 @@ tls_drop(struct link *l)
 	l->tls = NULL;
 }
 
+/* Gives the system the memory of links that ended. */
+static void
+tls_trim(struct tls *home)
+{
+	pool_trim(&home->links);
+}
+
+static bool
+tls_warm(const struct tls *home)
+{
+	return pool_warm(&home->links);
+}
+
 /* ---- links --------------------------------------------------------------------------------------------------- */
 
 enum { LINK_END = 0, LINK_AGAIN = -1, LINK_FAILED = -2, LINK_PLAIN = -3 };
@@ -4956,7 +5130,8 @@ socket_write(struct link *l, const void *p, size_t n)
 	}
 	if (done >= 0)
 		return done;
-	return errno == EAGAIN || errno == ENOBUFS ? LINK_AGAIN : LINK_FAILED;
+	/* ENOTCONN: other systems than Linux say so while the connection is not there yet */
+	return errno == EAGAIN || errno == ENOBUFS || errno == ENOTCONN ? LINK_AGAIN : LINK_FAILED;
 }
 
 /* Sends the records that are ready: 1 all of them, LINK_AGAIN or LINK_FAILED. */
@@ -5080,7 +5255,7 @@ tls_read(struct link *l, char *p, size_t room)
 
 	for (int pulls = 0; pulls < PULLS_MAX && done < room && (l->seen & SEEN_READ) && !t->cut &&
 	    br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC; pulls++) {
-		ssize_t n = room - done >= TLS_RECORD + PAGE ? tls_pull_many(l, p, room, &done) : tls_pull(l);
+		ssize_t n = room - done >= TLS_RECORD + TLS_KEEP ? tls_pull_many(l, p, room, &done) : tls_pull(l);
 		if (n <= 0)
 			break;
 		done += tls_take(t, p + done, room - done);
@@ -5316,6 +5491,40 @@ link_discard(struct link *l, char *waste, size_t room)
 	return socket_read(l, waste, room);
 }
 
+/* The kernel asks a silent peer whether it is there, and gives up one that acknowledges nothing: who vanished without a word, in
+ * silence or in the middle of a stream, is known within a minute. What a listener is told, connections inherit. */
+static void
+socket_vigil(int fd)
+{
+	const struct { int level, name, value; } options[] = {
+		{SOL_SOCKET, SO_KEEPALIVE, 1}, {IPPROTO_TCP, TCP_KEEPIDLE, PROBE_FIRST_S}, {IPPROTO_TCP, TCP_KEEPINTVL, PROBE_EVERY_S},
+		{IPPROTO_TCP, TCP_KEEPCNT, PROBES},
+#ifdef TCP_USER_TIMEOUT
+		{IPPROTO_TCP, TCP_USER_TIMEOUT, GONE_MS},
+#endif
+	};
+
+	for (size_t i = 0; i < LENGTH(options); i++)
+		setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof options[i].value);
+}
+
+/* The peer takes nothing, and has acknowledged all that it got: it lives, is busy, and may be so for longer than a minute. */
+static void
+link_bear(const struct link *l)
+{
+#ifdef TCP_USER_TIMEOUT
+	struct tcp_info info;
+	socklen_t n = sizeof info;
+	int never = 0;
+
+	memset(&info, 0, sizeof info);
+	if (getsockopt(l->fd, IPPROTO_TCP, TCP_INFO, &info, &n) == 0 && info.tcpi_unacked == 0)
+		setsockopt(l->fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &never, sizeof never);
+#else
+	(void)l;
+#endif
+}
+
 /* Starts connecting; -1 with errno when that failed at once. */
 static int
 link_connect(struct link *l, const struct addr *to)
@@ -5326,6 +5535,8 @@ link_connect(struct link *l, const struct addr *to)
 		return -1;
 	if (to->ss.ss_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (!addr_loopback(to))              /* nothing on this machine vanishes without a word */
+		socket_vigil(fd);
 	if (connect(fd, (const struct sockaddr *)&to->ss, to->len) != 0 && errno != EINPROGRESS) {
 		int error = errno;
 		close(fd);
@@ -5356,15 +5567,15 @@ static void
 link_rest(struct link *l)
 {
 	struct tls_link *t = l->tls;
-	size_t need;
+	size_t need, at = page_round(offsetof(struct tls_link, in) + TLS_KEEP), kept = at - offsetof(struct tls_link, in);
 
-	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) ||
+	if (t == NULL || kept >= TLS_IN || (t->most_in <= kept && t->most_out <= TLS_KEEP) ||
 	    br_ssl_engine_sendrec_buf(&t->sc.eng, &need) != NULL ||  /* records on their way out, an alert among them */
 	    br_ssl_engine_recvrec_buf(&t->sc.eng, &need) != t->in)   /* the beginning of a record, or bytes that nobody took */
 		return;
-	if (madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED) != 0)
-		return;                      /* pages larger than PAGE: nothing went, and all of it is still to be wiped */
-	t->most_in = t->most_in < TLS_KEEP ? t->most_in : TLS_KEEP;
+	if (madvise((char *)t + at, t->home->links.each - at, MADV_DONTNEED) != 0)
+		return;                      /* nothing went, and all of it is still to be wiped */
+	t->most_in = t->most_in < kept ? t->most_in : (uint32_t)kept;
 	t->most_out = 0;
 }
 
@@ -5700,8 +5911,10 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
-	if (w->stopping && c->state == S_IDLE)
-		conn_hasten(c, w->now_ns + STOP_IDLE_MS * NS_PER_MS);
+	if (w->stopping && c->request == NULL)
+		conn_hasten(c, w->now_ns + (c->state == S_IDLE ? STOP_IDLE_MS : STOP_HALF_MS) * NS_PER_MS);
+	if (c->state == S_CONNECT)
+		conn_hasten(c, c->upstream.fd >= 0 ? c->request->connect_ns : w->now_ns + CONNECT_AGAIN_MS * NS_PER_MS);
 	if (conn_spent(c))
 		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
 	if (c->state == S_SEND) {
@@ -6211,26 +6424,56 @@ step_new(struct worker *w, struct conn *c)
 	return conn_begin(w, c);
 }
 
-/* Connects to the upstream's next address that takes the attempt. */
+/* Chooses an address that this request has not tried: the first that does not rest, else the first. None left: `addrs`. */
+static void
+conn_choose(struct worker *w, struct conn *c)
+{
+	const struct upstream *u = &config.upstream;
+	struct request *r = c->request;
+	unsigned first = u->addrs;
+
+	for (r->address = 0; r->address < u->addrs; r->address++) {
+		if (r->tried >> r->address & 1)
+			continue;
+		first = first < u->addrs ? first : r->address;
+		if (u->addrs == 1 || !fate_rests(w->table, &u->addr[r->address], w->now_ns))
+			break;
+	}
+	r->address = (uint8_t)(r->address < u->addrs ? r->address : first);
+	r->connect_ns = w->now_ns + config.connect_ms * NS_PER_MS;
+}
+
+/* The address that was tried does not take the connection. */
+static void
+conn_address_failed(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+
+	if (config.upstream.addrs > 1)
+		fate_failed(w->table, &config.upstream.addr[r->address], w->now_ns);
+	r->tried |= (uint8_t)(1u << r->address);
+	conn_choose(w, c);
+}
+
+/* Connects to the chosen address, or the next that takes the attempt. A unix socket whose queue is full is tried again. */
 static enum step
 conn_connect(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 
 	conn_leave_upstream(c);
-	for (; r->address < config.upstream.addrs; r->address++) {
-		w->connect_failed |= r->address > 0;
-		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0) {
+	for (; r->address < config.upstream.addrs; conn_address_failed(w, c)) {
+		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0 || errno == EAGAIN) {
 			conn_enter(w, c, S_CONNECT);
-			return STEP_AGAIN;
+			return c->upstream.fd >= 0 ? STEP_AGAIN : STEP_WAIT;
 		}
-		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM || errno == EADDRNOTAVAIL) {
 			r->retry_ms = 1000;
 			return conn_refuse(w, c, R_FULL);
 		}
 	}
 	w->connect_failed = true;
-	return conn_refuse_upstream(w, c, R_UPSTREAM_REFUSED);
+	return conn_refuse_upstream(w, c, config.upstream.addrs > 0 ? R_UPSTREAM_REFUSED : R_UPSTREAM_UNKNOWN);
 }
 
 
@@ -6252,6 +6495,7 @@ conn_forward(struct worker *w, struct conn *c)
 		return conn_refuse(w, c, R_HEAD_LONG);
 	}
 	pipe_built(w, &c->req, &o);
+	conn_choose(w, c);
 	return conn_connect(w, c);
 }
 
@@ -6313,14 +6557,18 @@ step_connect(struct worker *w, struct conn *c)
 
 	if (c->client.seen & SEEN_GONE && (left = conn_left(c)) != R_NONE)
 		return request_abandon(w, c, left);
+	if (c->upstream.fd < 0)
+		return STEP_WAIT;
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	if (pipe_flush(p, &c->upstream) < 0 && p->out == before) {
-		c->request->address++;
+		conn_address_failed(w, c);
 		return conn_connect(w, c);
 	}
 	if (p->out == before)
 		return STEP_WAIT;
+	if (config.upstream.addrs > 1)
+		fate_reached(w->table, &config.upstream.addr[c->request->address]);
 	c->request->connected = true;
 	request_stretch(w, c);
 	conn_enter(w, c, S_SEND);
@@ -6656,22 +6904,25 @@ static enum step
 late_head(struct worker *w, struct conn *c, enum reason reason)
 {
 	head_clear(&w->head);
-	return conn_refuse_head(w, c, reason);
+	return conn_refuse_head(w, c, w->stopping ? R_DRAIN : reason);
 }
 
-/* The upstream's name may have another address. */
+/* Another try at a full unix socket, or another address. */
 static enum step
 late_connect(struct worker *w, struct conn *c, enum reason reason)
 {
-	if (c->request->address + 1u >= config.upstream.addrs)
-		return conn_refuse_upstream(w, c, reason);
-	c->request->address++;
-	return conn_connect(w, c);
+	if (w->now_ns < c->request->connect_ns)
+		return conn_connect(w, c);
+	conn_address_failed(w, c);
+	w->connect_failed |= c->request->address >= config.upstream.addrs;
+	return c->request->address < config.upstream.addrs ? conn_connect(w, c) : conn_refuse_upstream(w, c, reason);
 }
 
 static enum step
 late_send(struct worker *w, struct conn *c, enum reason reason)
 {
+	if (pipe_waits(&c->req))
+		link_bear(&c->upstream);
 	if (request_moves(w, c))
 		return STEP_WAIT;
 	c->request->close = true;
@@ -7545,7 +7796,9 @@ addrs_sort(struct addr *list, size_t n)
 }
 
 /* Looks up HOST:PORT in a child that can do nothing else: IPv4 first, because model servers on localhost often have nothing
- * else. `forget` lets go of what the child must not have. Exit status: 0, or the positive number of getaddrinfo's error. */
+ * else, and each family by itself, because musl gives up both when a name server fails to answer one. What is found is told at
+ * once. `forget` lets go of mappings that the child must not have. Exit status: 0, or the positive number of getaddrinfo's
+ * error. */
 __attribute__((noreturn)) static void
 name_child(const char *text, bool passive, int to, void (*forget)(void *), void *of)
 {
@@ -7555,30 +7808,37 @@ name_child(const char *text, bool passive, int to, void (*forget)(void *), void 
 	struct mistake m;
 	char host[NI_MAXHOST] = "";
 	const char *port = NULL;
-	size_t n = 0;
+	size_t told = 0;
+	int error = 0;
 
 	memset(found, 0, sizeof found);
 	if (forget != NULL)
 		forget(of);
+	descriptors_close_but(&to, 1);
 	sandbox_resolver();
 	if (!addr_split(text, host, &port, &m))
 		_exit(EXIT_FAILURE);
-	int error = getaddrinfo(host, port, &hints, &list);
-	if (error != 0)
-		_exit(error < 0 ? -error : error);
-	for (int family = 0; family < 2; family++) {
-		size_t from = n;
-		for (struct addrinfo *i = list; i != NULL && n < NAME_ADDRS; i = i->ai_next)
-			if (i->ai_family == (family == 0 ? AF_INET : AF_INET6)) {
-				memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
-				found[n].len = i->ai_addrlen;
-				addr_write(&found[n++]);
-			}
-		addrs_sort(found + from, n - from);
+	for (int family = 0; family < 2 && told < UPSTREAM_ADDRS; family++) {
+		size_t n = 0;
+		hints.ai_family = family == 0 ? AF_INET : AF_INET6;
+		if (told > 0)
+			alarm(RESOLVE_REST_MS / 1000);
+		int failed = getaddrinfo(host, port, &hints, &list);
+		error = error != 0 ? error : failed;
+		for (struct addrinfo *i = failed == 0 ? list : NULL; i != NULL && n < NAME_ADDRS; i = i->ai_next) {
+			memcpy(&found[n].ss, i->ai_addr, i->ai_addrlen);
+			found[n].len = i->ai_addrlen;
+			addr_write(&found[n++]);
+		}
+		addrs_sort(found, n);
+		n = n < UPSTREAM_ADDRS - told ? n : UPSTREAM_ADDRS - told;
+		if (!write_whole(to, (struct slice){(char *)found, n * sizeof *found}))
+			_exit(EXIT_FAILURE);
+		told += n;
 	}
-	n = n < UPSTREAM_ADDRS ? n : UPSTREAM_ADDRS;
-	bool good = write_whole(to, (struct slice){(char *)found, n * sizeof *found});
-	_exit(good && n > 0 ? EXIT_SUCCESS : EAI_NONAME < 0 ? -EAI_NONAME : EAI_NONAME);
+	if (told == 0 && error == 0)
+		error = EAI_NONAME;
+	_exit(told > 0 ? EXIT_SUCCESS : error < 0 ? -error : error);
 }
 
 /* Starts such a child; returns where its answer comes from, or -1. */
@@ -7604,7 +7864,7 @@ name_ask(const char *text, bool passive, void (*forget)(void *), void *of, int *
 static unsigned
 name_answer(int from, const char *asked, struct addr found[UPSTREAM_ADDRS])
 {
-	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);
+	ssize_t n = read(from, found, UPSTREAM_ADDRS * sizeof *found);   /* what a pipe holds at once, in two parts perhaps */
 	unsigned good = 0;
 	uint64_t port = 0;
 
@@ -7641,7 +7901,7 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	while (poll(&answer, 1, RESOLVE_MS) < 0 && errno == EINTR)
 		continue;
 	if (answer.revents == 0)
-		kill(pid, SIGKILL);
+		kill(pid, SIGKILL);                  /* with addresses of one family told it ends by itself */
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		continue;
 	unsigned n = name_answer(from, text, found);
@@ -7652,15 +7912,23 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 	return n;
 }
 
-/* Every name in the configuration, at start. `failure`: exit status when one is not found. */
+/* Names of our own addresses, at start. */
 static void
-names_find(int failure)
+names_find_listen(int failure)
 {
 	struct addr found[UPSTREAM_ADDRS];
 
 	for (unsigned i = 0; i < config.listens; i++)
 		if (config.listen[i].len == 0 && name_find(config.listen[i].text, "listen", true, found, failure) > 0)
 			config.listen[i] = found[0];
+}
+
+/* The upstream's name, at start. */
+static void
+names_find_upstream(int failure)
+{
+	struct addr found[UPSTREAM_ADDRS];
+
 	if (config.upstream.named && config.upstream.addrs == 0) {
 		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, failure);
 		memcpy(config.upstream.addr, found, config.upstream.addrs * sizeof *found);
@@ -7702,7 +7970,7 @@ worker_map(struct worker *w)
 
 	w->conns = pool_new(max, sizeof(struct conn));
 	w->requests = pool_new(max, sizeof(struct request));
-	w->bufs = pool_new(2 * max, BUF_SIZE);
+	w->bufs = pool_new(2 * max, page_round(BUF_SIZE));
 	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new(worker_waits() * sizeof *w->pfd, MAP_PRIVATE);
 	w->event = map_new(worker_waits() * WATCH_EVENT, MAP_PRIVATE);
@@ -7898,10 +8166,23 @@ worker_gather_poll(struct worker *w, bool accepting)
 	}
 }
 
+/* A worker whose places are taken leaves the listeners to those of its server that have some. */
+static bool
+worker_yields(struct worker *w)
+{
+	uint32_t room = w->conns.left > 0 && !w->draining ? w->server : 0;
+
+	if (w->row == NULL)
+		return false;
+	if (atomic_load_explicit(&w->row->room, memory_order_relaxed) != room)
+		atomic_store_explicit(&w->row->room, room, memory_order_relaxed);
+	return w->conns.left == 0 && table_room_elsewhere(w->table, w->row, w->server);
+}
+
 static void
 worker_gather(struct worker *w)
 {
-	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
+	bool yields = worker_yields(w), accepting = !w->draining && w->now_ns >= w->accept_ns && !yields;
 
 	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));   /* who is parked never comes back */
 	if (!w->many) {
@@ -7929,6 +8210,23 @@ worker_collect_poll(struct worker *w)
 	}
 }
 
+/* Are there buffers that hold memory and that nobody uses? */
+static bool
+worker_warm(const struct worker *w)
+{
+	return pool_warm(&w->bufs) || (w->tls != NULL && tls_warm(w->tls));
+}
+
+/* After a burst: what its buffers hold goes back to the system. */
+static void
+worker_trim(struct worker *w)
+{
+	w->trim_ns = w->now_ns + TRIM_MS * NS_PER_MS;
+	pool_trim(&w->bufs);
+	if (w->tls != NULL)
+		tls_trim(w->tls);
+}
+
 /* How long a worker may sleep: until the next deadline, or the next try of whatever had to be put off. */
 static int
 worker_patience(const struct worker *w)
@@ -7943,6 +8241,8 @@ worker_patience(const struct worker *w)
 		until = w->accept_ns;
 	if (w->draining && w->drain_ns < until)
 		until = w->drain_ns;
+	if (worker_warm(w) && w->trim_ns < until)
+		until = w->trim_ns;
 	if (until <= w->now_ns)
 		return 0;
 	ms = (until - w->now_ns) / NS_PER_MS + 1;
@@ -7971,6 +8271,8 @@ worker_drain(struct worker *w)
 	if (w->draining)
 		return;
 	w->draining = true;
+	if (w->row != NULL)
+		atomic_store_explicit(&w->row->room, 0, memory_order_relaxed);
 	w->drain_ns = w->now_ns + config.drain_ms * NS_PER_MS;
 	watch_listeners(w, false);
 	for (unsigned i = 0; i < w->listeners; i++)
@@ -7978,20 +8280,17 @@ worker_drain(struct worker *w)
 	w->listeners = 0;
 }
 
-/* The server stops: idle connections get some seconds more for a request that is on its way, and then end. */
+/* The server stops: idle connections get some seconds more for a request that is on its way, those that have not sent a whole
+ * one yet a moment. */
 static void
 worker_hurry_idle(struct worker *w)
 {
-	uint64_t end_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
-
 	w->stopping = true;
 	for (size_t i = 0; i < w->conns.fresh; i++) {
 		struct conn *c = conn_at(w, i);
-		if ((c->state == S_IDLE || c->state == S_OPEN || c->state == S_NEW) && c->deadline_ns > end_ns)
-			c->deadline_ns = end_ns;
+		if (c->state != S_FREE && c->request == NULL)
+			conn_touch(w, c);
 	}
-	if (w->sweep_ns > end_ns)
-		w->sweep_ns = end_ns;
 }
 
 /* A word from the supervisor: D, drain; T, drain because the server stops; X, end at once; P, answer with the same; L and a
@@ -8120,6 +8419,8 @@ worker_accept(struct worker *w, int listener, bool secure)
 	for (int i = 0; i < ACCEPTS_MAX; i++) {
 		struct sockaddr_storage peer;
 		socklen_t len = sizeof peer;
+		if (worker_yields(w))
+			return;
 		memset(&peer, 0, sizeof peer);
 		int fd = accept4(listener, (struct sockaddr *)&peer, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR))
@@ -8209,11 +8510,37 @@ worker_turn(struct worker *w)
 		worker_control(w);
 	if (w->now_ns >= w->sweep_ns)
 		worker_sweep(w);
+	if (w->now_ns >= w->trim_ns)
+		worker_trim(w);
 	if (w->connect_failed && config.upstream.named && w->control >= 0)
 		send(w->control, "R", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* its name may mean another address by now */
 	w->connect_failed = false;
 	if (w->log->n > 0 || w->log->dropped > 0)
 		log_flush(w->log);
+}
+
+/* Asks itself how it is, over a socket pair and all the way: who can answer that can serve. */
+static bool
+worker_greets(struct worker *w, int asking, int asked)
+{
+	struct slice question = S("GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+	struct sockaddr_storage peer = {.ss_family = AF_UNIX};
+	unsigned listeners = w->listeners;
+	char answer[16] = "";
+
+	if (send(asking, question.p, question.n, MSG_NOSIGNAL) != (ssize_t)question.n)
+		return false;
+	w->listeners = 0;                    /* nobody else is served meanwhile */
+	struct conn *c = conn_open(w, asked, asked, &peer, false);
+	c->client.seen = POLLIN;
+	worker_queue(w, c);
+	worker_turn(w);
+	bool good = recv(asking, answer, sizeof answer - 1, MSG_DONTWAIT) > 0 && strncmp(answer, "HTTP/1.1 200", 12) == 0;
+	close(asking);
+	while (w->used > 0 && good)
+		worker_turn(w);
+	w->listeners = listeners;
+	return good;
 }
 
 /* Takes everything that serving needs, then closes the sandbox behind it. */
@@ -8222,6 +8549,7 @@ worker_ready(struct worker *w, int root, unsigned expected)
 {
 	char text[128];
 	struct out o = {text, 0, sizeof text, false};
+	int ends[2];
 
 	worker_map(w);
 	random_fill(w->random, sizeof w->random);
@@ -8233,10 +8561,13 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
+	bool greets = w->control >= 0 && socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0;
 	unsigned walls = sandbox_worker(root, w->control), missing = expected & ~walls;
 	if (walls & WALL_ROOT)
 		sandbox_upstream();
-	if (w->control >= 0)
+	if (greets && !worker_greets(w, ends[0], ends[1]))
+		die(EXIT_FAILURE, "a worker cannot serve a request of its own; 'tinyauth check' may tell why");
+	if (greets)
 		send(w->control, "S", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* it serves */
 	out_walls(&o, missing);
 	if (missing != 0)
@@ -8350,6 +8681,7 @@ listener_open(struct addr *a)
 	else {
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* what is accepted inherits it */
+		socket_vigil(fd);
 	}
 	if (a->ss.ss_family == AF_INET6)
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
@@ -8358,6 +8690,23 @@ listener_open(struct addr *a)
 		    errno == EADDRINUSE ? "stop the other server, or choose another address with --listen"
 		                        : "choose another address with --listen");
 	return fd;
+}
+
+/* A socket that was passed in must be one that connections come to: another would serve nobody, and say that it is ready. */
+static void
+listener_verify(int fd)
+{
+	int type = 0, listens = 0;
+	socklen_t n = sizeof type, len = sizeof listens;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) != 0)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is no socket: %s; pass in listening stream sockets", fd, strerror(errno));
+	if (type != SOCK_STREAM)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is a %s socket; write ListenStream= in the socket unit", fd,
+		    type == SOCK_DGRAM ? "datagram" : type == SOCK_SEQPACKET ? "packet" : "raw");
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && !listens)
+		die(EX_CONFIG, "LISTEN_FDS: descriptor %d is a stream socket that does not listen, such as one connection; write Accept=no "
+		    "in the socket unit, or serve it with -i", fd);
 }
 
 /* Sockets that were passed in (LISTEN_FDS) go before --listen. */
@@ -8378,6 +8727,7 @@ listeners_passed(struct supervisor *s)
 		if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) != 0)
 			die(EX_CONFIG, "LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* no harm to a unix socket */
+		socket_vigil(fd);
 		s->listener[i] = fd;
 	}
 	unsetenv("LISTEN_PID");
@@ -8415,10 +8765,13 @@ supervisor_listen(struct supervisor *s)
 	s->listeners = listeners_passed(s);
 	s->bound = s->listeners == 0;
 	if (s->bound)
+		names_find_listen(EX_CONFIG);
+	if (s->bound)
 		for (; s->listeners < config.listens; s->listeners++)
 			s->listener[s->listeners] = listener_open(&config.listen[s->listeners]);
 	for (unsigned i = 0; i < s->listeners; i++) {
 		struct addr a = {.len = sizeof a.ss};
+		listener_verify(s->listener[i]);
 		getsockname(s->listener[i], (struct sockaddr *)&a.ss, &a.len);
 		s->secure[i] = config.tls_cert != NULL && a.ss.ss_family != AF_UNIX;
 	}
@@ -8451,22 +8804,41 @@ supervisor_state(const struct supervisor *s)
 	return config.state != NULL ? s->shared[SHARED_TABLE] : -1;
 }
 
-/* What the forked child becomes: everything of the supervisor's that is none of its business is closed. */
+/* Who may have what of the supervisor's mappings. */
+enum { HEIR_WORKER = 1, HEIR_RESOLVER = 2 };
+
+static void
+owned_unmap(const struct supervisor *s, unsigned heir)
+{
+	const struct { void *p; size_t n; unsigned heirs; } owned[] = {
+		{s->keys, s->keys_size, HEIR_WORKER}, {s->table, (size_t)geometry.size, HEIR_WORKER},
+		{s->sessions, sizeof *s->sessions, HEIR_WORKER}};
+
+	for (size_t i = 0; i < LENGTH(owned); i++)
+		if (owned[i].p != NULL && !(owned[i].heirs & heir))
+			munmap(owned[i].p, owned[i].n);
+	if (heir != HEIR_WORKER)
+		pair_forget(s->pair);        /* and wipe */
+}
+
+/* The descriptors that a worker has; all else that the supervisor has open is closed. */
+static void
+owned_close(const struct supervisor *s, int control)
+{
+	int keep[LISTEN_MAX + 4] = {control, s->root, s->log->fd, supervisor_state(s)};
+
+	memcpy(keep + 4, s->listener, sizeof s->listener);
+	descriptors_close_but(keep, LENGTH(keep));
+}
+
+/* What the forked child becomes: it has of the supervisor's what those two leave it. */
 __attribute__((noreturn)) static void
 child_run(const struct supervisor *s, int control)
 {
-	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
-
+	owned_close(s, control);
+	owned_unmap(s, HEIR_WORKER);
 	worker_signals();
-	for (unsigned i = 0; i < s->children; i++)
-		close(s->child[i].control);
-	close(s->shared[SHARED_KEYS]);       /* -1, where there is none, closes nothing */
-	close(s->shared[SHARED_SESSIONS]);
-	close(s->notify);
-	if (s->resolver != 0)
-		close(s->resolver_fd);
-	if (config.state == NULL)
-		close(s->shared[SHARED_TABLE]);
+	struct worker *w = map_new(sizeof *w, MAP_PRIVATE);
 	w->log = s->log;
 	w->log->n = w->log->dropped = 0;
 	w->keys = s->keys;
@@ -8476,6 +8848,7 @@ child_run(const struct supervisor *s, int control)
 	w->sessions = s->sessions;
 	w->row = table_row_take(s->table, supervisor_state(s));
 	w->control = control;
+	w->server = (uint32_t)getppid();
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	memcpy(w->secure, s->secure, sizeof w->secure);
@@ -8516,6 +8889,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 	s->respawn_ns[slot] = s->now_ns + RESPAWN_MAX_MS * NS_PER_MS;   /* when this try fails */
 	if (s->children == CHILDREN_MAX || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) != 0) {
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		s->failed++;
 		return;
 	}
 	log_flush(s->log);
@@ -8528,6 +8902,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 	if (pid < 0) {
 		close(pair[0]);
 		log_failure(s->log, "worker_missing", "no worker could be started; trying again", errno);
+		s->failed++;
 		return;
 	}
 	struct child *child = &s->child[s->children++];
@@ -8543,6 +8918,7 @@ supervisor_spawn(struct supervisor *s, int slot)
 static void
 supervisor_generation(struct supervisor *s)
 {
+	s->due = false;
 	s->generation++;
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		supervisor_spawn(s, (int)slot);
@@ -8579,8 +8955,12 @@ child_hear(struct supervisor *s, struct child *child)
 			else if (words[k] == 'S' && child->generation > 0) {
 				s->proven = true;
 				supervisor_relieve(s, child);
-			} else if (words[k] == 'R' && s->resolver == 0)
-				s->resolve_ns = s->now_ns;
+			} else if (words[k] == 'R') {
+				s->unreached = true;
+				uint64_t again_ns = s->resolved_ns + RESOLVE_AGAIN_MS * NS_PER_MS;
+				if (s->resolver == 0 && s->resolve_ns > again_ns)
+					s->resolve_ns = again_ns;
+			}
 		}
 }
 
@@ -8605,8 +8985,9 @@ supervisor_reap(struct supervisor *s)
 		if (child == s->child + s->children)
 			continue;
 		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
-			s->hopeless = true;
+			s->hopeless = EX_CONFIG;
 		child_hear(s, child);
+		s->failed += child->generation > 0 && !s->proven;
 		close(child->control);
 		table_recover(s->table, supervisor_state(s), (uint32_t)pid);
 		if (!child->draining || status != 0)
@@ -8691,19 +9072,15 @@ supervisor_publish(struct supervisor *s, struct complaints *bad)
 	if (map != NULL)
 		keys_flip(map);
 	if (map != NULL && map != old) {
-		int old_fd = s->shared[SHARED_KEYS];
-		size_t old_size = s->keys_size;
+		if (old != NULL) {
+			supervisor_retire(old, text);
+			munmap(old, s->keys_size);
+			close(s->shared[SHARED_KEYS]);
+		}
 		s->keys = map;
 		s->keys_size = size;
 		s->shared[SHARED_KEYS] = fd;
-		if (s->serving)
-			supervisor_generation(s);
-		if (old != NULL) {
-			supervisor_retire(old, text);
-			munmap(old, old_size);
-		}
-		if (old != NULL && old_fd >= 0)
-			close(old_fd);
+		s->due |= s->serving;
 	}
 	file_forget(&file);
 	return map != NULL;
@@ -8771,7 +9148,7 @@ supervisor_renew(struct supervisor *s)
 		pair_forget(pair);
 	else {
 		supervisor_certify(s, pair);
-		supervisor_generation(s);
+		s->due = true;
 	}
 }
 
@@ -8809,6 +9186,27 @@ watched_begin(struct watched *file, const char *path)
 		file->loaded = file->last = look_of(&st);
 }
 
+/* The directory of the upstream's unix socket, where it is the workers' root, may be removed and made anew, as by systemd's
+ * RuntimeDirectory=: workers that run would look for the socket in the old one. */
+static void
+supervisor_watch_root(struct supervisor *s)
+{
+	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
+	struct stat held, named;
+
+	if (s->root < 0 || un->sun_family != AF_UNIX)
+		return;
+	int fd = directory_open(un->sun_path);
+	if (fd >= 0 && fstat(s->root, &held) == 0 && fstat(fd, &named) == 0 && !stat_same(&held, &named)) {
+		int old = s->root;
+		s->root = fd;
+		fd = old;
+		log_note(s->log, "upstream_moved", "its socket's directory was made anew");
+		s->due = true;
+	}
+	close(fd);
+}
+
 /* A look a second; a file is read when two looks agree that it is another one. */
 static void
 supervisor_watch(struct supervisor *s)
@@ -8822,6 +9220,7 @@ supervisor_watch(struct supervisor *s)
 	bool key = watched_changed(&s->watched[WATCHED_TLS_KEY], s->now_ns);
 	if ((cert || key) && !s->draining)
 		supervisor_renew(s);
+	supervisor_watch_root(s);
 	supervisor_warn(s);
 }
 
@@ -9039,6 +9438,8 @@ supervisor_notify(const struct supervisor *s, const char *format, ...)
 static void
 supervisor_notify_ready(const struct supervisor *s)
 {
+	if (!s->told_ready)
+		return;
 	supervisor_notify(s, "READY=1\nSTATUS=%llu workers, %llu keys, upstream %s\n", (unsigned long long)config.workers,
 	    (unsigned long long)supervisor_keys(s), config.upstream.text);
 }
@@ -9123,7 +9524,8 @@ addrs_hold(const struct addr *list, unsigned n, const struct addr *a)
 	return false;
 }
 
-/* The name was looked up: other addresses make a new generation; no answer leaves everything as it was. */
+/* The name was looked up. Many answer with a few of their addresses at a time, in turn: a new generation is made only when none of
+ * ours is among them any more, or ours do not take connections. No answer leaves everything as it was. */
 static void
 supervisor_resolved(struct supervisor *s)
 {
@@ -9131,37 +9533,28 @@ supervisor_resolved(struct supervisor *s)
 	struct addr found[UPSTREAM_ADDRS];
 	unsigned n = name_answer(s->resolver_fd, u->text, found), same = 0;
 
+	bool wanted = s->unreached || u->addrs == 0;
 	s->resolver = 0;
-	s->resolve_ns = s->now_ns + RESOLVE_EVERY_MS * NS_PER_MS;
+	s->resolver_fd = -1;
+	s->unreached = false;
+	s->resolved_ns = s->now_ns;
+	s->resolve_ns = s->now_ns + (u->addrs == 0 && n == 0 ? RESOLVE_AGAIN_MS : RESOLVE_EVERY_MS) * NS_PER_MS;
 	for (unsigned i = 0; i < n; i++)
 		same += addrs_hold(u->addr, u->addrs, &found[i]);
-	if (n == 0 || (same == n && n == u->addrs))
+	if (n == 0 || (same == n && n == u->addrs) || (same > 0 && !wanted))
 		return;
+	log_note(s->log, u->addrs == 0 ? "upstream_found" : "upstream_moved", found[0].text);
 	memcpy(u->addr, found, n * sizeof *found);
 	u->addrs = n;
 	upstream_host(u);
-	log_note(s->log, "upstream_moved", u->addr[0].text);
-	supervisor_generation(s);
+	s->due = true;
 }
 
 /* In the child that looks up a name: nothing that a name server's answer could do harm with. */
 static void
 supervisor_forget(void *of)
 {
-	struct supervisor *s = of;
-
-	for (unsigned i = 0; i < s->children; i++)
-		close(s->child[i].control);
-	for (unsigned i = 0; i < s->listeners; i++)
-		close(s->listener[i]);
-	munmap(s->keys, s->keys_size);
-	munmap(s->table, geometry.size);
-	if (s->sessions != NULL)
-		munmap(s->sessions, sizeof *s->sessions);
-	for (unsigned i = 0; i < SHARED_COUNT; i++)
-		close(s->shared[i]);
-	close(s->notify);
-	pair_forget(s->pair);
+	owned_unmap(of, HEIR_RESOLVER);
 }
 
 static void
@@ -9205,8 +9598,10 @@ supervisor_stop(struct supervisor *s)
 	s->draining = true;
 	supervisor_notify(s, "STOPPING=1\n");
 	log_note(s->log, "draining", NULL);
-	for (unsigned i = 0; i < s->listeners; i++)
+	for (unsigned i = 0; i < s->listeners; i++) {
 		close(s->listener[i]);
+		s->listener[i] = -1;
+	}
 	for (unsigned i = 0; s->bound && i < config.listens; i++)
 		if (config.listen[i].ss.ss_family == AF_UNIX)
 			unlink(((const struct sockaddr_un *)&config.listen[i].ss)->sun_path);
@@ -9229,6 +9624,8 @@ static void
 supervisor_wait(struct supervisor *s)
 {
 	uint64_t until = s->look_ns, ns;
+	struct pollfd first[16];             /* the first workers: the server is ready when one of them says that it serves */
+	nfds_t n = 0;
 	sigset_t none;
 
 	for (uint64_t slot = 0; slot < config.workers; slot++)
@@ -9241,12 +9638,48 @@ supervisor_wait(struct supervisor *s)
 	if (config.idle_exit_ms != 0 && !s->bound && s->now_ns + config.idle_exit_ms * NS_PER_MS / 4 < until)
 		until = s->now_ns + config.idle_exit_ms * NS_PER_MS / 4;
 	ns = until > s->now_ns ? until - s->now_ns : 0;
-	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or the first worker's word */
+	if ((s->log->n > 0 || !s->proven) && ns > LOG_RETRY_MS * NS_PER_MS)   /* a line waits, or there are more of the first */
 		ns = LOG_RETRY_MS * NS_PER_MS;
 	struct timespec time = {(time_t)(ns / NS_PER_S), (long)(ns % NS_PER_S)};
 	sigemptyset(&none);
-	ppoll(NULL, 0, &time, &none);
+	for (unsigned i = 0; i < s->children && !s->proven && n < LENGTH(first); i++)
+		if (s->child[i].generation > 0)
+			first[n++] = (struct pollfd){s->child[i].control, POLLIN, 0};
+	if (ppoll(first, n, &time, &none) > 0)
+		signal_child = 1;            /* it may have ended instead, and a descriptor that is ready keeps signals waiting */
 	s->now_ns = clock_ns();
+}
+
+/* The generation that an operation made due, now that the operation is over and nothing of it lies about. */
+static void
+supervisor_follow(struct supervisor *s)
+{
+	if (s->due)
+		supervisor_generation(s);
+}
+
+/* The first worker serves: so does the server. */
+static void
+supervisor_tell_ready(struct supervisor *s)
+{
+	if (!s->proven || s->told_ready)
+		return;
+	s->told_ready = true;
+	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	supervisor_notify_ready(s);
+}
+
+/* None of the first workers comes to serve, and there are none of a binary before: that is an error, whose reason they told. */
+static void
+supervisor_despair(struct supervisor *s)
+{
+	if (s->proven || s->hopeless != 0 || s->failed < HOPELESS_TRIES || s->now_ns - s->start_ns < HOPELESS_MS * NS_PER_MS)
+		return;
+	for (unsigned i = 0; i < s->children; i++)
+		if (s->child[i].generation == 0)
+			return;
+	s->hopeless = EXIT_FAILURE;
+	log_note(s->log, "no_worker", "none of the first workers came to serve; look above for what ended them");
 }
 
 /* What signals asked for. */
@@ -9272,6 +9705,7 @@ supervisor_obey(struct supervisor *s)
 		supervisor_notify_reloading(s);
 		supervisor_reload_keys(s);
 		supervisor_renew(s);
+		supervisor_follow(s);
 		supervisor_notify_ready(s);
 	}
 }
@@ -9283,14 +9717,18 @@ supervisor_tend(struct supervisor *s)
 	if (s->resolved && !(s->resolved = false))
 		supervisor_resolved(s);
 	children_hear(s);
+	supervisor_tell_ready(s);
+	supervisor_despair(s);
 	supervisor_pet(s);
 	supervisor_resolve(s);
 	supervisor_watch(s);
+	supervisor_follow(s);
 	for (uint64_t slot = 0; slot < config.workers && !s->draining; slot++)
 		if (s->respawn_ns[slot] != 0 && s->respawn_ns[slot] <= s->now_ns)
 			supervisor_spawn(s, (int)slot);
-	if (!s->draining && (s->hopeless || supervisor_idle(s))) {
-		log_note(s->log, s->hopeless ? "sandbox_impossible" : "idle", NULL);
+	if (!s->draining && (s->hopeless != 0 || supervisor_idle(s))) {
+		if (s->hopeless != EXIT_FAILURE)
+			log_note(s->log, s->hopeless != 0 ? "sandbox_impossible" : "idle", NULL);
 		supervisor_stop(s);
 	}
 }
@@ -9314,7 +9752,7 @@ supervisor_serve(struct supervisor *s)
 	pair_forget(s->pair);
 	log_note(s->log, "stopped", NULL);
 	log_flush(s->log);
-	return s->hopeless ? EX_CONFIG : EXIT_SUCCESS;
+	return s->hopeless;
 }
 
 /* What USR2 will execute: the path that we were called by, so that a link to a newer version is followed. */
@@ -9392,9 +9830,9 @@ supervisor_tell_start(struct supervisor *s, uint64_t asked)
 		log_fewer_connections(s->log, config.max_conns);
 	if (config.idle_exit_ms != 0 && s->bound)
 		log_note(s->log, "idle_exit_ignored", "nobody would start the service again: the sockets are its own");
-	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	if (config.upstream.addrs == 0)
+		log_note(s->log, "upstream_unknown", "its name has no address yet: requests get 502 while it is looked up again and again");
 	log_flush(s->log);
-	supervisor_notify_ready(s);
 }
 
 static int
@@ -9405,14 +9843,18 @@ supervisor_run(char *const *argv)
 
 	s->argv = argv;
 	s->binary = supervisor_binary(argv[0]);
-	s->shared[SHARED_SESSIONS] = -1;
+	s->root = s->notify = s->resolver_fd = -1;
+	for (size_t i = 0; i < LENGTH(s->listener); i++)
+		s->listener[i] = -1;
+	for (size_t i = 0; i < SHARED_COUNT; i++)
+		s->shared[i] = -1;
 	s->watched[WATCHED_KEYS].path = config.keys;
-	s->now_ns = s->active_ns = clock_ns();
+	s->now_ns = s->active_ns = s->start_ns = clock_ns();
 	supervisor_signals();
 	uint64_t asked = config.max_conns, rows = ROWS_PER_WORKER * config.workers;
 	supervisor_descriptors();
 	keys_must_be_named(EX_CONFIG);
-	names_find(getenv("TINYAUTH_HANDOVER") != NULL ? EXIT_SUCCESS : EX_CONFIG);   /* after an upgrade it may come later */
+	names_find_upstream(EXIT_SUCCESS);           /* it may come later */
 	supervisor_listen(s);
 	supervisor_inherit(s);
 	if (s->table == NULL)
@@ -9516,7 +9958,7 @@ inetd_run(void)
 	bool mute = inetd_mute(in, out);
 	keys_must_be_named(EX_CONFIG);
 	inetd_peer(in, &peer);
-	names_find(EX_CONFIG);
+	names_find_upstream(EXIT_SUCCESS);
 	if (!supervisor_publish(s, &bad))
 		return EX_CONFIG;
 	config.max_conns = 1;
@@ -9533,6 +9975,7 @@ inetd_run(void)
 	fcntl(in, F_SETFL, flags[0] | O_NONBLOCK);
 	fcntl(out, F_SETFL, flags[1] | O_NONBLOCK);
 	setsockopt(in, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	socket_vigil(in);
 	worker_ready(w, root, sandbox_probe(root));
 	bool secure = w->pair != NULL && peer.ss_family != AF_UNIX;
 	enum reason refused = worker_admits(w, &peer, secure, &heard);
@@ -9867,8 +10310,8 @@ command_key(char *const *words, size_t n)
 static uint64_t
 check_memory(void)
 {
-	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * BUF_SIZE + 2 * sizeof(struct pollfd) + 64 +
-	                (config.tls_cert != NULL ? TLS_PLACE : 0);
+	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * page_round(BUF_SIZE) + 2 * sizeof(struct pollfd) + 112 +
+	                (config.tls_cert != NULL ? page_round(sizeof(struct tls_link)) : 0);
 
 	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
 }
@@ -9961,7 +10404,8 @@ command_check(void)
 	int fd;
 
 	keys_must_be_named(EXIT_FAILURE);
-	names_find(EXIT_FAILURE);
+	names_find_listen(EXIT_FAILURE);
+	names_find_upstream(EXIT_FAILURE);
 	check_written("log", config.log);
 	check_written("state", config.state);
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))

@@ -9,10 +9,13 @@
  *     load start      [options] -- COMMAND...    time from exec to the first answer; ends the command again
  *     load inetd      [options] -- COMMAND...    the same of a command that gets the connection as stdin and stdout
  *
- *     -p PORT    of 127.0.0.1                     -c N       connections at once (1)
+ *     -p PORT    to ask                           -c N       connections at once (1)
+ *     -a ADDRESS of the server (127.0.0.1)        -N COUNT   requests, in place of seconds
+ *     -R RATE    requests a second at most, on all connections together
  *     -P PATH    request target (/api/tags)       -s SECONDS to measure (1)
  *     -K KEY     bearer key                       -w SECONDS of warm-up (0.2)
- *     -b BYTES   of request body: a POST          -x STATUS  expected (200)
+ *     -b BYTES   of request body: a POST, of a    -x STATUS  expected (200)
+ *                chat completion up to 4 KB
  *     -n         a new connection a request       -t 1.2|1.3 TLS of this version
  *     -r         resume TLS sessions              -H         stay
  *     -C PIDS    processes whose CPU time is told, separated by commas
@@ -48,12 +51,15 @@
 enum {
 	PIDS_MAX = 64,
 	READY_MAX = 256,
-	TEXT_MAX = 8192,             /* bytes of a request head */
+	TEXT_MAX = 8192,             /* bytes of a request head, and of a body that goes with it in one write */
+	STREAM_BODY = 100,           /* bytes of the request for a stream */
+	CHAT_MAX = 4096,             /* bytes of a body that is a chat completion; a longer one is zeros */
 	KEEP_MAX = 16384,            /* bytes of an answer's head, or of an event that is not whole yet */
 	PIECE = 256 << 10,           /* bytes read or written at once */
 	SOURCES = 8,                 /* source addresses from 127.0.1.1 on: more pairs of ports than one has */
 	CONNECTING_MAX = 64,         /* connections that are not through their first request yet, while all are opened */
 	STEPS_MAX = 64,              /* of one connection before the others and the clock have their turn */
+	COUNT_S = 120,               /* for a number of requests, or it is less */
 	SETUP_S = 30                 /* for all connections to be ready, or it fails */
 };
 
@@ -70,6 +76,7 @@ struct conn {
 	uint64_t sent;               /* bytes of the request */
 	uint64_t left;               /* bytes of the answer's body; UINT64_MAX: until the end of the connection */
 	bool ready;                  /* counted as ready */
+	bool paced;                  /* in the line of those that wait for their turn */
 	bool last;                   /* the server said that it will close */
 	bool hung_up;                /* the kernel said that the end is near: read up to it */
 	size_t have;
@@ -87,8 +94,10 @@ struct counts {
 static struct {
 	enum mode mode;
 	uint16_t port;
+	struct in_addr address;
 	unsigned conns;
-	double seconds, warm;
+	uint64_t count;
+	double seconds, warm, rate;
 	const char *path, *key, *tls;
 	uint64_t body;
 	int status;
@@ -102,6 +111,9 @@ static struct conn *conns;
 static unsigned opened, ready_conns;
 static struct counts counts;
 static bool setting_up, measuring;       /* those that are ready wait for the others */
+static struct conn **line;               /* a ring of those that wait for their turn, one place each */
+static unsigned line_first, line_n;
+static uint64_t next_turn_ns;
 static uint32_t *delays;                 /* ns of each event measured */
 static size_t delays_n, delays_max;
 static char request[TEXT_MAX];
@@ -257,13 +269,13 @@ conn_open(struct conn *c)
 	struct epoll_event e = {.events = EVENTS, .data.ptr = c};
 
 	from.sin_addr.s_addr = htonl(0x7f000101u + turn++ % SOURCES);
-	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	to.sin_addr = opt.address;
 	c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 	if (c->fd < 0)
 		die("socket");
 	setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
 	setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-	if (bind(c->fd, (struct sockaddr *)&from, sizeof from) != 0)
+	if (opt.address.s_addr == htonl(INADDR_LOOPBACK) && bind(c->fd, (struct sockaddr *)&from, sizeof from) != 0)
 		die("bind");
 	if (connect(c->fd, (struct sockaddr *)&to, sizeof to) != 0 && errno != EINPROGRESS)
 		die("connect");
@@ -361,12 +373,22 @@ step_sending(struct conn *c)
 }
 
 static void
+line_join(struct conn *c)
+{
+	if (!c->paced)
+		line[(line_first + line_n++) % opt.conns] = c;
+	c->paced = true;
+}
+
+static void
 answer_done(struct conn *c)
 {
 	counts.done += measuring;
 	conn_ready(c);
 	c->sent = 0;
-	c->state = opt.mode == IDLE || setting_up ? RESTING : SENDING;
+	c->state = opt.mode == IDLE || setting_up || opt.rate > 0 ? RESTING : SENDING;
+	if (opt.rate > 0 && !setting_up)
+		line_join(c);
 }
 
 static uint64_t
@@ -527,7 +549,8 @@ conn_step(struct conn *c)
 static void
 conn_again(struct conn *c)
 {
-	bool whole = opt.mode == HANDSHAKES ? c->state == SENDING : c->state == SENDING && c->sent == 0 && c->ready;
+	bool whole = opt.mode == HANDSHAKES ? c->state == SENDING
+	                                    : c->state == RESTING || (c->state == SENDING && c->sent == 0 && c->ready);
 	bool until_end = c->state == READING_BODY && c->left == UINT64_MAX && opt.mode == REQUESTS;
 
 	if (until_end)
@@ -557,12 +580,35 @@ conn_run(struct conn *c, uint32_t events)
 
 /* ---- the run ------------------------------------------------------------------------------------------------- */
 
+/* Those whose turn has come by the rate ask. Turns that nobody was there for are lost. Returns when to look again. */
+static uint64_t
+line_move(uint64_t now)
+{
+	if (line_n == 0)
+		return UINT64_MAX;
+	if (next_turn_ns + 1000000000ull < now)
+		next_turn_ns = now;
+	for (; line_n > 0 && next_turn_ns <= now; next_turn_ns += (uint64_t)(1e9 / opt.rate)) {
+		struct conn *c = line[line_first];
+		line_first = (line_first + 1) % opt.conns;
+		line_n--;
+		c->paced = false;
+		if (c->state == RESTING) {
+			c->state = SENDING;
+			conn_run(c, 0);
+		}
+	}
+	return line_n > 0 ? next_turn_ns : UINT64_MAX;
+}
+
 /* Events until `until`, or a turn at least. False when standard input has ended. */
 static bool
 turn(uint64_t until)
 {
 	struct epoll_event ready[READY_MAX];
-	uint64_t now = now_ns();
+	uint64_t now = now_ns(), due = line_move(now);
+
+	until = due < until ? due : until;
 	int ms = until > now ? (int)((until - now) / 1000000) + 1 : 0;
 	int n = epoll_wait(epfd, ready, READY_MAX, ms);
 
@@ -581,7 +627,8 @@ open_all(void)
 
 	conns = calloc(opt.conns, sizeof *conns);
 	char *keep = malloc((size_t)opt.conns * KEEP_MAX);
-	if (conns == NULL || keep == NULL)
+	line = calloc(opt.conns, sizeof *line);
+	if (conns == NULL || keep == NULL || line == NULL)
 		die("memory");
 	setting_up = true;
 	while (ready_conns < opt.conns) {
@@ -598,10 +645,13 @@ open_all(void)
 		}
 	}
 	setting_up = false;
+	counts = (struct counts){.wrong_status = counts.wrong_status};
 	printf("{\"ready\":%u}\n", ready_conns);
 	fflush(stdout);
 	for (unsigned i = 0; i < opt.conns && opt.mode == REQUESTS; i++)
-		if (conns[i].state == RESTING) {
+		if (conns[i].state == RESTING && opt.rate > 0)
+			line_join(&conns[i]);
+		else if (conns[i].state == RESTING) {
 			conns[i].state = SENDING;
 			conn_run(&conns[i], 0);
 		}
@@ -626,7 +676,7 @@ run_for(double seconds)
 {
 	uint64_t end = now_ns() + (uint64_t)(seconds * 1e9);
 
-	while (now_ns() < end)
+	while (now_ns() < end && (opt.count == 0 || !measuring || counts.done + counts.failed < opt.count))
 		turn(end);
 }
 
@@ -636,7 +686,7 @@ measure(void)
 	run_for(opt.warm);
 	measuring = true;
 	uint64_t began = now_ns(), cpu = cpu_ns();
-	run_for(opt.seconds);
+	run_for(opt.count > 0 ? COUNT_S : opt.seconds);
 	cpu = cpu_ns() - cpu;
 	uint64_t took = now_ns() - began;
 	measuring = false;
@@ -667,24 +717,44 @@ stay(void)
 		;
 }
 
+/* A chat completion of `n` bytes, its question as long as it takes. */
+static void
+make_chat(char *p, size_t n, bool streams)
+{
+	static const char end[] = "\"}]}";
+	int begin = snprintf(p, CHAT_MAX + 1, "{\"model\":\"tiny\",\"stream\":%s,\"messages\":[{\"role\":\"user\",\"content\":\"Hi",
+	                     streams ? "true" : "false");
+
+	if (n > CHAT_MAX || n < (size_t)begin + sizeof end - 1)
+		die_plain("no chat completion has this length");
+	for (size_t i = (size_t)begin; i < n; i++)
+		p[i] = " again"[(i - (size_t)begin) % 6];
+	memcpy(p + n - (sizeof end - 1), end, sizeof end);
+}
+
 static void
 make_request(void)
 {
-	static const char chat[] = "{\"model\":\"tiny\",\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]}";
-	struct { char text[128]; } key = {""}, body = {""};
-	bool streams = opt.mode == STREAMS;
+	struct { char text[128]; } key = {""}, length = {""};
+	char chat[CHAT_MAX + 1] = "";
 
+	if (opt.mode == STREAMS)
+		opt.body = STREAM_BODY;
 	if (opt.key[0] != '\0')
 		snprintf(key.text, sizeof key.text, "Authorization: Bearer %s\r\n", opt.key);
-	if (opt.body > 0 || streams)
-		snprintf(body.text, sizeof body.text, "Content-Type: application/json\r\nContent-Length: %llu\r\n",
-		         streams ? (unsigned long long)sizeof chat - 1 : (unsigned long long)opt.body);
+	if (opt.body > 0)
+		snprintf(length.text, sizeof length.text, "Content-Type: application/json\r\nContent-Length: %llu\r\n",
+		         (unsigned long long)opt.body);
+	if (opt.body > 0 && opt.body <= CHAT_MAX)
+		make_chat(chat, (size_t)opt.body, opt.mode == STREAMS);
 	int n = snprintf(request, sizeof request, "%s %s HTTP/1.1\r\nHost: localhost:%u\r\nUser-Agent: load\r\n%s%s%s\r\n%s",
-	                 body.text[0] != '\0' ? "POST" : "GET", opt.path, opt.port, key.text, body.text,
-	                 opt.each_new ? "Connection: close\r\n" : "", streams ? chat : "");
+	                 opt.body > 0 ? "POST" : "GET", opt.path, opt.port, key.text, length.text,
+	                 opt.each_new ? "Connection: close\r\n" : "", chat);
 	if (n < 0 || (size_t)n >= sizeof request)
 		die_plain("the request is too long");
 	request_n = (size_t)n;
+	if (chat[0] != '\0')
+		opt.body = 0;                /* it goes with the head */
 }
 
 /* ---- start-up time ------------------------------------------------------------------------------------------- */
@@ -709,7 +779,7 @@ ask_on(struct conn *c)
 static bool
 ask_once(void)
 {
-	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(opt.port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(opt.port), .sin_addr = opt.address};
 	struct timeval limit = {2, 0};
 	struct conn c = {.fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)};
 
@@ -822,11 +892,16 @@ read_pids(char *list)
 static void
 read_options(int argc, char **argv)
 {
+	bool bad_address = false;
 	int c;
 
-	while ((c = getopt(argc, argv, "+p:c:P:s:w:K:b:x:nt:rHC:")) != -1)
+	opt.address.s_addr = htonl(INADDR_LOOPBACK);
+	while ((c = getopt(argc, argv, "+p:a:c:N:R:P:s:w:K:b:x:nt:rHC:")) != -1)
 		switch (c) {
 		case 'p': opt.port = (uint16_t)atoi(optarg); break;
+		case 'a': bad_address = inet_aton(optarg, &opt.address) == 0; break;
+		case 'N': opt.count = strtoull(optarg, NULL, 10); break;
+		case 'R': opt.rate = atof(optarg); break;
 		case 'c': opt.conns = (unsigned)atoi(optarg); break;
 		case 'P': opt.path = optarg; break;
 		case 's': opt.seconds = atof(optarg); break;
@@ -841,6 +916,8 @@ read_options(int argc, char **argv)
 		case 'C': read_pids(optarg); break;
 		default: exit(64);
 		}
+	if (bad_address)
+		die_plain("no such address");
 }
 
 static enum mode

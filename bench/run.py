@@ -38,11 +38,14 @@ IDLE = 9000
 WINDOW = 0.6                        # seconds of one measurement: short ones, often, so that noise meets all alike
 WARM = 0.1
 ROUNDS = 10
-CHAT = "/v1/chat/completions"
+CHAT = ("-P", "/v1/chat/completions", "-b", 1024)       # half a KB comes back
+STREAM = "/v1/chat/completions?stream"
 WRONG_KEY = "sk-bench-a-key-that-nobody-has-0123456789ab"
 FULL = ("relay", "tinyauth", "nginx", "plain", "haproxy", "caddy")
+FLOORS = (*FULL, "epoll")
 PROXIES = ("tinyauth", "nginx", "plain", "haproxy", "caddy")
 TLS = ("tinyauth", "nginx", "haproxy", "caddy")
+TLS_PROXIES = (*TLS, "plain")
 
 
 @dataclass
@@ -152,11 +155,11 @@ def cost(got):
 
 # Items
 
-def short_answers(count, row):
+def requests(row, *words, names=FLOORS):
     def measure(bench):
-        with bench.stable.fleet(FULL) as proxies:
+        with bench.stable.fleet(names) as proxies:
             for number, proxy in bench.each(proxies):
-                bench.work(row, proxy, number, "-c", count)
+                bench.work(row, proxy, number, *words)
     return measure
 
 
@@ -166,7 +169,7 @@ def by_wrk(bench):
     if not wrk:
         bench.figures.note("wrk is not there: its rows are left out")
         return
-    with bench.stable.fleet(("tinyauth", "nginx")) as proxies:
+    with bench.stable.fleet(("tinyauth", "nginx", "plain")) as proxies:
         for number, proxy in bench.each(proxies):
             pids = proxy.pids()
             command = [wrk, "-t1", "-c64", "-d1s", "-H", f"Authorization: Bearer {proxy.key}",
@@ -182,12 +185,6 @@ def by_wrk(bench):
             requests = int(found[0].split()[0])
             bench.figures.add("wrk64_cpu", proxy.name, number, cpu / requests / 1e3)
             bench.figures.add("wrk64_rate", proxy.name, number, requests / seconds)
-
-
-def new_connections(bench):
-    with bench.stable.fleet(FULL) as proxies:
-        for number, proxy in bench.each(proxies):
-            bench.work("new", proxy, number, "-c", 64, "-n")
 
 
 def beside_idle(bench):
@@ -223,7 +220,7 @@ def streams(count, row, names, tls="", pinned=True):
         with bench.stable.fleet(names, Setup(tls=tls)) as proxies, bench.stable.fleet(("direct",)) as direct:
             delays, came = {}, {}
             for number, proxy in bench.each([*proxies, *direct]):
-                got = bench.load(proxy, "streams", "-c", count, "-P", CHAT, "-w", 0.3, seconds=2 * WINDOW, pinned=pinned)
+                got = bench.load(proxy, "streams", "-c", count, "-P", STREAM, "-w", 0.3, seconds=2 * WINDOW, pinned=pinned)
                 if not got or not got["done"]:
                     continue
                 came.setdefault(proxy.name, []).append(got["done"] / got["seconds"])
@@ -278,13 +275,14 @@ def many_keys(bench):
 
 
 def tls_requests(bench):
-    with bench.stable.fleet(TLS, Setup(tls="1.2")) as proxies, bench.stable.fleet(("nginx",), Setup(tls="1.3")) as newer:
+    with (bench.stable.fleet(TLS_PROXIES, Setup(tls="1.2")) as proxies,
+          bench.stable.fleet(("plain",), Setup(tls="1.3")) as newer):
         for number, proxy in bench.each([*proxies, *newer]):
             if proxy.setup.tls == "1.3":
-                got = bench.load(proxy, "requests", "-c", 64)
+                got = bench.load(proxy, "requests", "-c", 64, *CHAT)
                 bench.figures.add("tls13_cpu", proxy.name, number, cost(got))
             else:
-                got = bench.work("tls64", proxy, number, "-c", 64)
+                got = bench.work("tls64", proxy, number, "-c", 64, *CHAT)
             if got and number == 0:
                 bench.figures.note(f"TLS of {TITLES[proxy.name]}: {got['tls']}")
         for number, value in bench.figures.all["tls64_cpu"].get("tinyauth", {}).items():
@@ -344,12 +342,12 @@ def memory_each(bench, row, names, tls, mode, count, words):
 
 def memory(bench):
     memory_each(bench, "idle_memory", PROXIES, "", "idle", 1000, ())
-    memory_each(bench, "stream_memory", PROXIES, "", "streams", 200, ("-P", CHAT))
+    memory_each(bench, "stream_memory", PROXIES, "", "streams", 200, ("-P", STREAM))
 
 
 def tls_memory(bench):
     memory_each(bench, "tlsidle_memory", TLS, "1.2", "idle", 1000, ())
-    memory_each(bench, "tlsstream_memory", TLS, "1.2", "streams", 200, ("-P", CHAT))
+    memory_each(bench, "tlsstream_memory", TLS, "1.2", "streams", 200, ("-P", STREAM))
 
 
 def start_ms(bench, name, setup, mode="start"):
@@ -421,20 +419,21 @@ def reloads(bench):
 
 
 ITEMS = [
-    Item("short64", short_answers(64, "short64"), 1, 10, 2),
-    Item("short1", short_answers(1, "short1"), 0.5, 10, 2),
-    Item("short512", short_answers(512, "short512"), 0.5, 10, 2),
-    Item("wrk", by_wrk, 0.5, 2.4, 1),
-    Item("new", new_connections, 0.5, 10, 2),
+    Item("chat64", requests("chat64", "-c", 64, *CHAT), 1, 12, 2),
+    Item("get64", requests("get64", "-c", 64), 0.8, 12, 2),
+    Item("new", requests("new", "-c", 64, "-n", *CHAT), 0.8, 12, 2),
+    Item("chat1", requests("chat1", "-c", 1, *CHAT), 0.4, 12, 2),
+    Item("chat512", requests("chat512", "-c", 512, *CHAT), 0.4, 12, 2),
+    Item("wrk", by_wrk, 0.4, 3.6, 1),
     Item("idle", beside_idle, 0.5, 7, 10),
-    Item("streams200", streams(200, "stream200", (*FULL, "epoll")), 0.4, 16, 2),
+    Item("streams200", streams(200, "stream200", FLOORS), 0.4, 16, 2),
     Item("streams1000", streams(1000, "stream1000", ("tinyauth", "nginx", "haproxy", "caddy", "epoll"), pinned=False),
          0.4, 14, 2),
     Item("down", down, 0.4, 12, 2),
     Item("up", up, 0.4, 12, 2),
     Item("refused", refusals, 0.5, 8, 2),
     Item("keys", many_keys, 1, 2.5, 4),
-    Item("tls", tls_requests, 0.5, 8, 2, tls=True),
+    Item("tls", tls_requests, 0.5, 10, 2, tls=True),
     Item("tlsdown", tls_down, 0.4, 8, 2, tls=True),
     Item("tlsstreams", streams(200, "tlsstream200", TLS, "1.2"), 0.4, 11, 2, tls=True),
     Item("handshakes", handshakes, 0.4, 13, 2, tls=True),

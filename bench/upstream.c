@@ -1,12 +1,16 @@
 /* upstream: a stand-in model server that costs as little as it can.
  *
- *     upstream N      serves on N free ports of 127.0.0.1, which it prints on one line, until it is ended
+ *     upstream N [ADDRESS]    serves on N free ports of 127.0.0.1 or ADDRESS, which it prints on one line, until it is ended
  *
  * What a request gets depends on its target alone, so that the same requests pass any policy in front of it:
  *
- *     /v1/chat/...    an endless stream of server-sent events, EVENTS_PER_S a second, each with the time of its sending
+ *     ...?stream      an endless stream of server-sent events, EVENTS_PER_S a second, each with the time of its sending
  *     ...?bytes=N     a body of N bytes
- *     anything else   a short answer; a body that comes with the request (Content-Length) is swallowed first
+ *     /v1/...         a chat completion of half a KB
+ *     anything else   a short list of models
+ *
+ * A body that comes with the request (Content-Length) is swallowed first. Who asks for `Connection: close`, or speaks HTTP/1.0,
+ * gets its answer and then the end of the connection at once, as of real servers.
  *
  * Several ports because the connections that a proxy opens and closes leave TIME_WAIT entries behind for their pair of
  * addresses: one proxy's must not slow the next one's. */
@@ -57,6 +61,12 @@ struct conn {
 static const char SHORT_BODY[] =
 	"{\"models\":[{\"name\":\"tiny:latest\",\"model\":\"tiny:latest\",\"modified_at\":\"2026-01-01T00:00:00Z\",\"size\":1,"
 	"\"details\":{\"format\":\"gguf\",\"family\":\"tiny\",\"parameter_size\":\"1M\",\"quantization_level\":\"Q4_0\"}}]}";
+static const char CHAT_BODY[] =
+	"{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1767225600,\"model\":\"tiny\",\"choices\":[{\"index\":0,"
+	"\"message\":{\"role\":\"assistant\",\"content\":\"The quick brown fox jumps over the lazy dog, and the dog, who has seen it all "
+	"before, opens one eye, sighs and goes on sleeping in the sun until somebody comes along with something that smells of "
+	"dinner, which is the one thing that it gets up for.\",\"refusal\":null},\"logprobs\":null,\"finish_reason\":\"stop\"}],\"usage\":{"
+	"\"prompt_tokens\":250,\"completion_tokens\":60,\"total_tokens\":310}}";
 /* The time is written over the blanks. The length of a chunk stands before, its end behind. */
 #define CHUNK "c2\r\n"
 static char event[] = CHUNK
@@ -195,12 +205,13 @@ bulk_move(struct conn *c)
 static bool
 answer(struct conn *c)
 {
-	char head[512];
+	char head[1024];
 	const char *target = c->target, *bytes = strstr(target, "?bytes="), *ending = c->close_after ? "Connection: close\r\n" : "";
-	uint64_t length = bytes != NULL ? strtoull(bytes + 7, NULL, 10) : sizeof SHORT_BODY - 1;
+	const char *body = bytes != NULL ? "" : strncmp(target, "/v1/", 4) == 0 ? CHAT_BODY : SHORT_BODY;
+	uint64_t length = bytes != NULL ? strtoull(bytes + 7, NULL, 10) : strlen(body);
 	int n;
 
-	if (strncmp(target, "/v1/chat/", 9) == 0) {
+	if (strstr(target, "?stream") != NULL) {
 		n = snprintf(head, sizeof head, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n%s%s\r\n",
 		             c->chunked ? "Transfer-Encoding: chunked\r\n" : "", ending);
 		if (!send_all(c, head, (size_t)n))
@@ -209,7 +220,7 @@ answer(struct conn *c)
 		return true;
 	}
 	n = snprintf(head, sizeof head, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %llu\r\n%s\r\n%s",
-	             (unsigned long long)length, ending, bytes != NULL ? "" : SHORT_BODY);
+	             (unsigned long long)length, ending, body);
 	if (!send_all(c, head, (size_t)n))
 		return false;
 	if (bytes == NULL)
@@ -294,12 +305,12 @@ accept_some(int listener)
 }
 
 static int
-listener_open(struct sockaddr_in *a)
+listener_open(struct sockaddr_in *a, const char *address)
 {
 	int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
 	socklen_t len = sizeof *a;
 
-	*a = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	*a = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = inet_addr(address)};
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);      /* what is accepted inherits it */
 	if (fd < 0 || bind(fd, (struct sockaddr *)a, sizeof *a) != 0 || listen(fd, SOMAXCONN) != 0 ||
 	    getsockname(fd, (struct sockaddr *)a, &len) != 0)
@@ -321,7 +332,7 @@ main(int argc, char **argv)
 	epfd = epoll_create1(0);
 	for (int i = 0; i < ports && i < PORTS_MAX; i++) {
 		struct sockaddr_in a;
-		listener[i].fd = listener_open(&a);
+		listener[i].fd = listener_open(&a, argc > 2 ? argv[2] : "127.0.0.1");
 		watch(&listener[i], EPOLL_CTL_ADD, EPOLLIN);
 		printf("%d%c", ntohs(a.sin_port), i + 1 < ports ? ' ' : '\n');
 	}

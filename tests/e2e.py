@@ -653,7 +653,7 @@ class Load:
                         if self.fresh or answer.closes:
                             break
             except (Cut, OSError, AssertionError) as error:
-                if late and not asked:
+                if (late or self.ending and isinstance(error, ConnectionRefusedError)) and not asked:
                     self.refused += 1
                     return
                 self.errors.append(f"{type(error).__name__}: {error}")
@@ -747,7 +747,7 @@ def test_an_upstream_that_does_not_end(lab):
     same(model.wait("close")["reason"], "reset", "end of the connection that was kept")
     same(raw_answer(client, held, then="hold").status, 200, "the next answer")
     same(client.ask("GET", "/t/echo").status, 200, "the one after it, which does not wait")
-    same(model.wait("close", 2)["reason"], "reset", "end of the second one")
+    same(model.wait("close", conn=2)["reason"], "reset", "end of the second one")
 
 
 def test_pipelining_keeps_the_order(lab):

@@ -578,18 +578,37 @@ def test_upstream_by_name(lab):
     same(tinyauth.events("ready")[0]["upstream"], f"localhost:{lab.shared.port}", "logged upstream")
 
 
-def test_upstream_name_unknown(lab):
-    """A name that is not found: status 78, for check 1, and one line."""
-    before, _ = named(lab, "127.0.0.1 localhost\n")
+def nameless(lab):
+    """A command that gives what follows a system whose name server does not run, and the file of its /etc/hosts."""
+    before, hosts = named(lab, "127.0.0.1 localhost\n")
     resolv = lab.directory / "resolv"
     resolv.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
     before[-2] = before[-2].replace("&&", f"&& mount --bind {resolv} /etc/resolv.conf &&", 1)
+    return before, hosts
+
+
+def test_upstream_name_unknown(lab):
+    """A name that is not found: check ends with 1 and one line."""
+    before, _ = nameless(lab)
     lab.write(lab.path("keys"), KEYS)
-    for words, status in (((), 78), (("check",), 1)):
-        done = subprocess.run([*before, lab.binary, *words, "-k", lab.path("keys"), "-u", "no-such-name.test:80"], text=True,
-                              capture_output=True, timeout=20)
-        same(done.returncode, status, f"exit status of {words}: {done.stderr}")
-        assert done.stderr.count("\n") == 1 and "cannot find the address of 'no-such-name.test'" in done.stderr, done.stderr
+    done = subprocess.run([*before, lab.binary, "check", "-k", lab.path("keys"), "-u", "no-such-name.test:80"], text=True,
+                          capture_output=True, timeout=20)
+    same(done.returncode, 1, f"exit status: {done.stderr}")
+    assert done.stderr.count("\n") == 1 and "cannot find the address of 'no-such-name.test'" in done.stderr, done.stderr
+
+
+def test_upstream_name_unknown_at_boot(lab):
+    """A name that is not found at start: it serves, answers 502 that says so, and looks again until the name is there."""
+    before, hosts = nameless(lab)
+    model = Answering(lab, "127.0.0.1", word=b"there")
+    tinyauth = Server(lab, before=before, upstream=f"models.test:{model.port}")
+    tinyauth.expect("event=upstream_(unknown|found)")
+    answer = tinyauth.ask("GET", "/")
+    same(answer.status, 502, "status")
+    assert f"the address of the model server at models.test:{model.port} cannot be found" in answer.body.decode(), answer.body
+    tinyauth.wait_event("upstream_unknown")
+    hosts.write_text("127.0.0.1 localhost models.test\n")
+    until(lambda: tinyauth.ask("GET", "/").body == b"there", "an answer from there", 15)
 
 
 def test_upstream_moves(lab):
@@ -640,7 +659,7 @@ def test_upgrade_while_the_name_is_gone(lab):
     binary = lab.program(lab.path("tinyauth"))
     first = Answering(lab, "127.0.0.1", word=b"first")
     tinyauth = Server(lab, before=before, binary=binary, upstream=f"models.test:{first.port}")
-    tinyauth.expect("event=upstream_moved")
+    tinyauth.expect("event=upstream_(unknown|found)")
     os.rename(lab.program(binary + ".new", f'[ "$1" = check ] || echo >{hosts}\nexec {lab.binary} "$@"'), binary)
     tinyauth.signal(signal.SIGUSR2)
     tinyauth.wait_event("ready", 2, 15)

@@ -86,8 +86,8 @@ class Judge:
 
 def request_judges(python, build):
     return [Judge("h11", [python, HERE / "judge_python.py", "h11"]), Judge("httptools", [python, HERE / "judge_python.py", "httptools"]),
-            Judge("llhttp", ["node", HERE / "judge_node.cjs", "requests"]), Judge("net/http", [build / "go"]),
-            Judge("cpp-httplib", [build / "cpp"])]
+            Judge("llhttp", ["node", HERE / "judge_node.cjs", "requests"]), Judge("net/http", [build / "judge_go"]),
+            Judge("cpp-httplib", [build / "judge_cpp"])]
 
 
 def client_judge(python):

@@ -5,7 +5,6 @@ import argparse
 import asyncio
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -16,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "http"))
 
 import grammar
 import judges
+import refusals
 import traffic
 import wire
+from program import Tinyauth
 
 BATCH = 500
 REPORTED = 4            # failures of a kind that are told in full
-CLIENT_FIELDS = ("Authorization", "X-Api-Key", "Api-Key", "Keep-Alive", "Proxy-Connection", "HTTP2-Settings", "Forwarded", "X-Client-IP",
+CLIENT_FIELDS = ("Authorization", "X-Api-Key", "Api-Key", "Keep-Alive", "Proxy-Connection", "TE", "HTTP2-Settings", "Forwarded", "X-Client-IP",
                  "True-Client-IP", "X-Cluster-Client-IP")
 
 
@@ -44,8 +45,10 @@ class Score:
                 print(f"        {name}: {wire.shown(data, 1500)}")
         self.kinds[kind] += 1
 
-    def check(self, name, good, found):
-        print(f"{'ok     ' if good else 'FAILED '} {name}: {found}")
+    def check(self, name, good, found, quiet=False):
+        """`quiet`: not told when it is good."""
+        if not (good and quiet):
+            print(f"{'ok     ' if good else 'FAILED '} {name}: {found}", flush=True)
         self.passed += good
         self.kinds[name] += not good
 
@@ -56,42 +59,6 @@ class Score:
                 print(f"{count:6} x {kind}")
         print(f"{self.passed} passed, {failed} failed")
         return 1 if failed or not self.passed else 0
-
-
-class Tinyauth:
-    """The program under test, with its log."""
-
-    def __init__(self, binary, folder, upstream_port, *options):
-        self.command = [binary, "-k", str(folder / "keys"), "-l", "127.0.0.1:0", "-u", f"127.0.0.1:{upstream_port}", "-w", "2",
-                        "--ip-rate", "off", *options]
-        self.log = folder / f"log-{upstream_port}"
-        (folder / "keys").write_text(f"diff {grammar.KEY.decode()}\n")
-        (folder / "keys").chmod(0o600)
-
-    async def start(self):
-        with self.log.open("wb") as log:
-            self.process = await asyncio.create_subprocess_exec(*self.command, stderr=log, stdin=asyncio.subprocess.DEVNULL)
-        for _ in range(500):
-            text = self.log.read_text("latin-1")
-            if "event=ready" in text:
-                return int(re.search(r"event=listening addr=127\.0\.0\.1:(\d+)", text)[1])
-            if self.process.returncode is not None:
-                break
-            await asyncio.sleep(0.02)
-        raise RuntimeError(f"tinyauth did not get ready: {text}")
-
-    async def stop(self):
-        for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            if self.process.returncode is None:
-                self.process.send_signal(sent)
-            try:
-                await asyncio.wait_for(self.process.wait(), 1)
-            except asyncio.TimeoutError:
-                pass
-
-    def deaths(self):
-        lines = self.log.read_text("latin-1").splitlines()
-        return [line for line in lines if "event=worker_died" in line or not re.match(r"time=\S+ (event|addr)=", line)]
 
 
 async def at_once(most, jobs):
@@ -122,6 +89,9 @@ def house_rules(connection, host, stream):
         kept = [name for name in CLIENT_FIELDS if message.values(name)]
         if kept:
             yield f"a field of the client went upstream: {', '.join(kept)}"
+        wanted = b"upgrade" if message.values("Upgrade") else b"close"
+        if message.values("Connection") != [wanted]:
+            yield f"Connection went upstream as {message.values('Connection')}"
         if any(b"_" in name for name in names):
             yield "a field with _ in its name went upstream"
         for name, value in (("Host", host), ("X-Real-IP", traffic.address_of(stream.index)), ("X-Forwarded-For", traffic.address_of(stream.index)),
@@ -289,6 +259,8 @@ def arguments():
     parser.add_argument("--requests", type=int, default=20000)
     parser.add_argument("--responses", type=int)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--refusals", type=int, default=1000, help="runs of each kind in front of each server")
+    parser.add_argument("--only-server", help="no more than refusals in front of the servers with this in their name")
     parser.add_argument("--only", type=int, metavar="INDEX")
     parser.add_argument("--only-response", type=int, metavar="INDEX")
     return parser.parse_args()
@@ -297,8 +269,9 @@ def arguments():
 async def main():
     options = arguments()
     requests, responses = range(options.requests), range(options.requests // 4 if options.responses is None else options.responses)
-    if options.only is not None or options.only_response is not None:
+    if options.only is not None or options.only_response is not None or options.only_server:
         requests, responses = [], []
+        options.refusals = options.refusals if options.only_server else 0
         requests = [options.only] if options.only is not None else requests
         responses = [options.only_response] if options.only_response is not None else responses
     score = Score(f"SEED={options.seed} {os.path.relpath(Path(__file__).parent)}/run.sh")
@@ -308,6 +281,8 @@ async def main():
             await request_test(options, Path(folder), requests, score)
         if responses:
             await response_test(options, Path(folder), responses, score)
+        if options.refusals:
+            await refusals.refusal_test(options, Path(folder), sys.executable, score)
     print(f"        {time.monotonic() - started:.0f} s")
     return score.close()
 

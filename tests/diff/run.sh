@@ -36,13 +36,18 @@ pkg-config --exists cpp-httplib || die "cpp-httplib is not installed (libcpp-htt
 python=$(python_with_parsers)
 
 mkdir -p "$build"
-if ! newer "$build/go" "$here/judge_go.go"; then
-    GO111MODULE=off go build -o "$build/go" "$here/judge_go.go"
-fi
-if ! newer "$build/cpp" "$here/judge_cpp.cc"; then
+for program in judge_go refuse_go storm; do
+    newer "$build/$program" "$here/$program.go" || GO111MODULE=off go build -o "$build/$program" "$here/$program.go"
+done
+if ! newer "$build/judge_cpp" "$here/judge_cpp.cc"; then
     # shellcheck disable=SC2046 # flags are words
-    g++ -O1 -Wall -Wextra -o "$build/cpp" "$here/judge_cpp.cc" $(pkg-config --cflags --libs cpp-httplib)
+    g++ -O1 -Wall -Wextra -o "$build/judge_cpp" "$here/judge_cpp.cc" $(pkg-config --cflags --libs cpp-httplib)
 fi
+sh "$here/httplib.sh" "$build/httplib" bookworm trixie forky
+for release in bookworm trixie forky; do
+    newer "$build/refuse_cpp_$release" "$here/refuse_cpp.cc" || g++ -Wall -Wextra -pthread -isystem "$build/httplib/$release" \
+        -o "$build/refuse_cpp_$release" "$here/refuse_cpp.cc"
+done
 
 PYTHONDONTWRITEBYTECODE=1 exec "$python" "$here/run.py" --tinyauth "$tinyauth" --build "$build" \
     --requests "${N:-20000}" --seed "${SEED:-1}" "$@"

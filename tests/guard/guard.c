@@ -44,10 +44,10 @@ static const struct work {
 } WORKS[] = {
 	{"request", "GET /api/tags HTTP/1.1\r\nHost: localhost:21434\r\nUser-Agent: load\r\nAuthorization: Bearer " KEY "\r\n\r\n",
 	    "HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
-	    "Content-Length: 88\r\n\r\n" MODELS, MODELS, NULL, NULL},
+	    "Content-Length: 88\r\nConnection: close\r\n\r\n" MODELS, MODELS, NULL, NULL},
 	{"chat", "POST /v1/chat/completions HTTP/1.1\r\n" SDK "\r\n" PROMPT,
 	    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n"
-	    "Content-Length: 95\r\n\r\n" COMPLETION, COMPLETION, NULL, NULL},
+	    "Content-Length: 95\r\nConnection: close\r\n\r\n" COMPLETION, COMPLETION, NULL, NULL},
 	{"event", "POST /v1/chat/completions HTTP/1.1\r\n" SDK "\r\n" PROMPT,
 	    "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" CHUNK("a9", EVENT), EVENT "\r\n",
 	    CHUNK("a9", EVENT), EVENT "\r\n"},
@@ -158,22 +158,27 @@ upstream_receive(struct peer *peer)
 	must(recv(peer->upstream, got, sizeof got, 0) > 0, "the upstream got nothing");
 }
 
+/* A whole answer ends its connection, as each request asks for. */
 static void
-upstream_send(struct peer *peer, struct slice text)
+upstream_send(struct peer *peer, struct slice text, bool whole)
 {
 	must(send(peer->upstream, text.p, text.n, MSG_NOSIGNAL) == (ssize_t)text.n, "from the upstream");
+	if (!whole)
+		return;
+	close(peer->upstream);
+	peer->upstream = -1;
 }
 
 /* One unit on each connection. */
 static void
-rig_round(struct rig *rig, const char *request, const char *answer, const char *end)
+rig_round(struct rig *rig, const char *request, const char *answer, const char *end, bool whole)
 {
 	for (size_t i = 0; request[0] != '\0' && i < rig->peers; i++)
 		client_send(&rig->peer[i], slice_of(request));
 	for (size_t i = 0; request[0] != '\0' && answer[0] != '\0' && i < rig->peers; i++)
 		upstream_receive(&rig->peer[i]);
 	for (size_t i = 0; answer[0] != '\0' && i < rig->peers; i++)
-		upstream_send(&rig->peer[i], slice_of(answer));
+		upstream_send(&rig->peer[i], slice_of(answer), whole);
 	for (size_t i = 0; i < rig->peers; i++)
 		client_receive(&rig->peer[i], slice_of(end));
 }
@@ -285,11 +290,11 @@ main(int argc, char **argv)
 	for (size_t i = 0; i < peers; i++)
 		rig_connect(&rig, &rig.peer[i]);
 	if (work->event != NULL)
-		rig_round(&rig, work->request, work->answer, work->end);
+		rig_round(&rig, work->request, work->answer, work->end, false);
 	for (uint64_t i = 0; i < units / peers; i++)
 		if (work->event != NULL)
-			rig_round(&rig, "", work->event, work->event_end);
+			rig_round(&rig, "", work->event, work->event_end, false);
 		else
-			rig_round(&rig, work->request, work->answer, work->end);
+			rig_round(&rig, work->request, work->answer, work->end, true);
 	return EXIT_SUCCESS;
 }
