@@ -74,8 +74,11 @@ verdict() {
 
 one() {
     local suite=$1 root=$project/build/release-$1.$$ command arch
-    roots+=("$root" "$root.new")
-    "$here/root.sh" "$suite" "$root" >"$work/output" 2>&1 || { verdict "$suite: a clean root" 1; return; }
+    if ! wait "${making[$suite]}"; then
+        mv "$work/$suite" "$work/output"
+        verdict "$suite: a clean root" 1
+        return
+    fi
     copy_sources "$root/root/tinyauth" || { verdict "$suite: sources" 1; return; }
     for command in "${commands[@]}"; do
         in_root "$root" "$command"
@@ -96,6 +99,13 @@ if [ ${#commands[@]} -ne 2 ]; then
     echo "FAILED  README.md has ${#commands[@]} commands for Debian, not two"
     failed=$((failed + 1))
 fi
+# roots are made side by side, and nothing is measured meanwhile
+declare -A making
+for suite; do
+    roots+=("$project/build/release-$suite.$$" "$project/build/release-$suite.$$.new")
+    "$here/root.sh" "$suite" "$project/build/release-$suite.$$" >"$work/$suite" 2>&1 &
+    making[$suite]=$!
+done
 for suite; do
     one "$suite"
 done
