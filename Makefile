@@ -4,8 +4,8 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-releases | test-clients | test-diff | test-faults | test-ports | test-swarm | bench | coverage |
-#      fuzz | analyse | lint | install | uninstall | clean
+#      test-cross | test-kernels | test-releases | test-clients | test-diff | test-faults | test-ports | test-swarm | bench |
+#      coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -94,6 +94,10 @@ test-image: tinyauth
 
 test-cross:
 	bash tests/cross/run.sh
+
+# Debian's kernels for other processors, booted in an emulator.
+test-kernels:
+	python3 tests/kernels/run.py
 
 # README's commands in clean roots of the Debian releases.
 test-releases:
@@ -209,5 +213,5 @@ clean:
 	rm -rf tinyauth build
 
 .PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-releases test-clients test-diff test-faults test-ports test-swarm coverage fuzz analyse lint install \
-	uninstall clean force
+	test-cross test-kernels test-releases test-clients test-diff test-faults test-ports test-swarm coverage fuzz analyse lint \
+	install uninstall clean force

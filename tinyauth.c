@@ -25,7 +25,7 @@
  *
  * Memory is decided at start. A worker maps, and touches only what it uses:
  *
- *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 80 for poll and epoll
+ *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 128 for poll, epoll and pools
  *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
@@ -690,7 +690,7 @@ cpus_online(void)
 }
 
 /* Bytes of a page of memory: 4 KB, or on some machines 16 or 64. */
-static inline size_t
+static size_t
 page_size(void)
 {
 	static size_t size;
@@ -698,6 +698,13 @@ page_size(void)
 	if (size == 0)
 		size = (size_t)sysconf(_SC_PAGESIZE);
 	return size;
+}
+
+/* Bytes of the pages that so many bytes need. */
+static size_t
+page_round(size_t n)
+{
+	return (n + page_size() - 1) & ~(page_size() - 1);
 }
 
 /* A mapping that costs memory only where it is touched, or NULL. */
@@ -714,10 +721,10 @@ map_try(size_t n, int flags)
 static void
 map_touch(void *p, size_t n)
 {
-	enum { PAGE_SMALLEST = 4096, POPULATE_WRITE = 23 };
-	uintptr_t from = (uintptr_t)p & ~(uintptr_t)(PAGE_SMALLEST - 1);
+	enum { POPULATE_WRITE = 23 };
+	uintptr_t from = (uintptr_t)p & ~(uintptr_t)(page_size() - 1);
 
-	if (TINYAUTH_LINUX && n > 16 * PAGE_SMALLEST)
+	if (TINYAUTH_LINUX && n > 65536)
 		madvise((void *)from, (uintptr_t)p + n - from, POPULATE_WRITE);
 }
 
@@ -739,30 +746,45 @@ pool_new(size_t max, size_t each)
 
 	if (__builtin_mul_overflow(max, each, &size))
 		die(EXIT_FAILURE, "%zu connections are more than this system can address; lower --max-conns", max);
-	return (struct pool){map_new(size, MAP_PRIVATE), each, 0, max, NULL};
+	return (struct pool){.mem = map_new(size, MAP_PRIVATE), .each = each, .left = max,
+	    .given = map_new(max * sizeof(void *), MAP_PRIVATE)};
 }
 
 /* A place, or NULL: all are in use. */
 static void *
 pool_take(struct pool *p)
 {
-	void *place = p->given;
-
 	if (p->left == 0)
 		return NULL;
 	p->left--;
-	if (place == NULL)
+	if (p->n == 0)
 		return p->mem + p->fresh++ * p->each;
-	memcpy(&p->given, place, sizeof p->given);
-	return place;
+	p->n--;
+	if (p->cold > p->n)
+		p->cold = p->n;
+	return p->given[p->n];
 }
 
 static void
 pool_give(struct pool *p, void *place)
 {
-	memcpy(place, &p->given, sizeof p->given);
-	p->given = place;
+	p->given[p->n++] = place;
 	p->left++;
+}
+
+/* Places that came back, but for the last few, still hold memory. */
+static bool
+pool_warm(const struct pool *p)
+{
+	return p->n > p->cold + TRIM_KEEP;
+}
+
+/* Gives the system the memory of places that came back, but for the last few. Of pools whose places are whole pages. */
+static void
+pool_trim(struct pool *p)
+{
+	for (; pool_warm(p); p->cold++)
+		madvise(p->given[p->cold], p->each, MADV_DONTNEED);
 }
 
 /* A mapping that children share: a memfd, which an upgrade can hand over; where there is none, a file that has no name any
@@ -848,6 +870,26 @@ file_writable(const char *path)
 	if (fd >= 0)
 		close(fd);
 	return good;
+}
+
+/* Gives a file of `size` bytes or less its whole size, on the disk as well: a hole in a mapping of it for which there is no room
+ * later is a SIGBUS. What it holds stays. False with errno. */
+static bool
+file_allocate(int fd, const struct stat *st, size_t size)
+{
+	enum { BLOCK = 4096 };
+	int error = posix_fallocate(fd, 0, (off_t)size);
+	char byte;
+
+	if (error != EOPNOTSUPP && error != ENOSYS && error != EINVAL)   /* the file system can do so, or there is no room */
+		return (errno = error) == 0;
+	for (off_t at = 0; (size_t)at < size && (uint64_t)st->st_blocks * 512 < size; at += BLOCK) {
+		off_t last = at + BLOCK - 1 < (off_t)size ? at + BLOCK - 1 : (off_t)size - 1;
+		byte = 0;
+		if (pread(fd, &byte, 1, last) < 0 || pwrite(fd, &byte, 1, last) != 1)
+			return false;
+	}
+	return true;
 }
 
 /* Reads all of an open file, up to `max` bytes. NULL, or what is wrong. */
@@ -2498,6 +2540,16 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 	return NULL;
 }
 
+__attribute__((noreturn)) static void
+table_no_room(const char *path, int fd, bool fresh)
+{
+	int error = errno;
+
+	if (fresh && ftruncate(fd, 0) != 0)
+		error = errno;
+	die(EX_CONFIG, "%s: no room for the shared table: %s; make room, or name another file with --state", path, strerror(error));
+}
+
 /* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is
  * broken, of another version or too small is set aside as FILE.old, and *aside tells. */
 static struct table *
@@ -2515,8 +2567,11 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1)
 			die(EX_CONFIG, "%s: is not a file that this user alone can write; name another with --state", path);
 		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
-		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL)
+		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL) {
+			if (!file_allocate(*fd, &st, (size_t)st.st_size))
+				table_no_room(path, *fd, false);
 			break;
+		}
 		text_print(old, sizeof old, "%s.old", path);
 		if (same && st.st_size > 0) {
 			*aside = true;
@@ -2525,9 +2580,9 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 		} else if (same) {
 			uint64_t size = table_size(rows, conns);
 			errno = ENOMEM;
-			if (size > SIZE_MAX || ftruncate(*fd, (off_t)size) != 0 ||
+			if (size > SIZE_MAX || !file_allocate(*fd, &st, (size_t)size) ||
 			    (t = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
-				die(EX_CONFIG, "%s: no room for the shared table: %s", path, strerror(errno));
+				table_no_room(path, *fd, true);
 			table_begin(t, rows, conns);
 			break;
 		}
@@ -2559,7 +2614,7 @@ table_row_give(struct table *t, struct conn_row *row)
 
 	for (uint32_t i = 0; i < used && i < geometry.conns; i++)
 		atomic_store_explicit(&table_held(t, row)[i], 0, memory_order_relaxed);
-	row->used = 0;
+	row->used = row->room = 0;
 	atomic_store(&row->requests, 0);
 	atomic_store(&row->taken, 0);
 }
@@ -2651,17 +2706,26 @@ table_address_id(const struct table *t, const struct sockaddr_storage *ss)
 	return hash_keyed(t->seed, word) | 1;
 }
 
+/* A time of the table, when one up to `latest` can have been written by a clock that runs still; else it is of a clock before a
+ * reboot, and long past. */
+static uint64_t
+table_time(const _Atomic uint64_t *ns, uint64_t latest)
+{
+	uint64_t time = atomic_load_explicit(ns, memory_order_relaxed);
+
+	return time <= latest ? time : 0;
+}
+
 /* The slot of an identity: its own, or a free one, or the one whose time lies furthest back. */
 static struct rate_slot *
-table_slot(struct rate_slot *set, uint64_t id)
+table_slot(struct rate_slot *set, uint64_t id, uint64_t latest)
 {
 	for (;;) {
 		struct rate_slot *oldest = &set[0];
 		for (size_t i = 0; i < RATE_WAYS; i++) {
 			if (atomic_load_explicit(&set[i].id, memory_order_relaxed) == id)
 				return &set[i];
-			if (atomic_load_explicit(&set[i].tat_ns, memory_order_relaxed) <
-			    atomic_load_explicit(&oldest->tat_ns, memory_order_relaxed))
+			if (table_time(&set[i].tat_ns, latest) < table_time(&oldest->tat_ns, latest))
 				oldest = &set[i];
 		}
 		uint64_t evicted = atomic_load_explicit(&oldest->id, memory_order_relaxed);
@@ -2681,17 +2745,87 @@ table_take(struct table *t, uint64_t id, const struct rate *rate, uint64_t now_n
 
 	if (interval == 0)
 		return 0;
-	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id);
+	uint64_t latest = now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS;
+	struct rate_slot *slot = table_slot(t->address[id >> 32 & (RATE_SETS - 1)], id, latest);
 	tat = atomic_load_explicit(&slot->tat_ns, memory_order_relaxed);
 	do {
-		uint64_t from = tat > now_ns ? tat : now_ns;
-		if (from > now_ns + reach + interval + CLOCK_SKEW_MS * NS_PER_MS)
-			from = now_ns;      /* of a clock that was restarted since: begun anew */
+		uint64_t from = tat > now_ns && tat <= latest ? tat : now_ns;
 		if (from - now_ns > reach)
 			return from - now_ns - reach;
 		next = from + interval;
 	} while (!atomic_compare_exchange_weak_explicit(&slot->tat_ns, &tat, next, memory_order_relaxed, memory_order_relaxed));
 	return 0;
+}
+
+/* ---- what became of an upstream's addresses ------------------------------------------------------------------ */
+
+static uint64_t
+fate_id(const struct table *t, const struct addr *a)
+{
+	uint64_t word[2] = {a->ss.ss_family, 0xcbf29ce484222325ull};
+
+	for (const char *c = a->text; *c != '\0'; c++)
+		word[1] = (word[1] ^ (unsigned char)*c) * 0x100000001b3ull;
+	return hash_keyed(t->seed, word) | 1;
+}
+
+static struct fate_slot *
+fate_find(struct table *t, uint64_t id)
+{
+	for (size_t i = 0; i < FATES; i++)
+		if (atomic_load_explicit(&t->fate[i].id, memory_order_relaxed) == id)
+			return &t->fate[i];
+	return NULL;
+}
+
+/* Was this address out of reach a short while ago? Then others go first. After its rest the first who asks may try it; to the
+ * others it rests until that one knows. */
+static bool
+fate_rests(struct table *t, const struct addr *a, uint64_t now_ns)
+{
+	struct fate_slot *slot = fate_find(t, fate_id(t, a));
+	uint64_t failed_ns = slot == NULL ? 0 : atomic_load_explicit(&slot->failed_ns, memory_order_relaxed);
+
+	if (failed_ns == 0)
+		return false;
+	if (failed_ns <= now_ns + CLOCK_SKEW_MS * NS_PER_MS && now_ns < failed_ns + FATE_REST_MS * NS_PER_MS)
+		return true;
+	return !atomic_compare_exchange_strong(&slot->failed_ns, &failed_ns, now_ns);
+}
+
+/* It cannot be reached. Takes the place of what is oldest. */
+static void
+fate_failed(struct table *t, const struct addr *a, uint64_t now_ns)
+{
+	uint64_t id = fate_id(t, a);
+	struct fate_slot *slot = fate_find(t, id), *oldest = t->fate;
+
+	for (size_t i = 1; slot == NULL && i < FATES; i++)
+		if (table_time(&t->fate[i].failed_ns, now_ns) < table_time(&oldest->failed_ns, now_ns))
+			oldest = &t->fate[i];
+	if (slot == NULL)
+		atomic_store_explicit(&(slot = oldest)->id, id, memory_order_relaxed);
+	atomic_store_explicit(&slot->failed_ns, now_ns, memory_order_relaxed);
+}
+
+/* It was reached. */
+static void
+fate_reached(struct table *t, const struct addr *a)
+{
+	struct fate_slot *slot = fate_find(t, fate_id(t, a));
+
+	if (slot != NULL && atomic_load_explicit(&slot->failed_ns, memory_order_relaxed) != 0)
+		atomic_store_explicit(&slot->failed_ns, 0, memory_order_relaxed);
+}
+
+/* Is there another worker of this server that has room for a connection? */
+static bool
+table_room_elsewhere(struct table *t, const struct conn_row *own, uint32_t server)
+{
+	for (uint32_t i = 0; i < geometry.rows && server != 0; i++)
+		if (table_row(t, i) != own && atomic_load_explicit(&table_row(t, i)->room, memory_order_relaxed) == server)
+			return true;
+	return false;
 }
 
 /* ---- TLS sessions -------------------------------------------------------------------------------------------- */
@@ -4795,8 +4929,7 @@ struct tls_link {
 	unsigned char in[TLS_IN], out[TLS_OUT];
 };
 
-enum { STAGE = 32768, PAGE = 4096, TLS_PLACE = (sizeof(struct tls_link) + PAGE - 1) / PAGE * PAGE,
-	TLS_KEEP = (offsetof(struct tls_link, in) / PAGE + 2) * PAGE - offsetof(struct tls_link, in) };   /* bytes of `in` up to a page's end */
+enum { STAGE = 32768, TLS_KEEP = 4096 };     /* at least so many bytes of `in` keep their memory */
 
 /* What suits the processor: each constant-time, the faster one where there are two. */
 #if defined(__x86_64__)
@@ -4878,8 +5011,8 @@ tls_new(const struct tls_pair *pair, struct sessions *sessions, size_t max)
 {
 	struct tls *home = map_new(sizeof *home, MAP_PRIVATE);
 
-	home->links = pool_new(max, TLS_PLACE);
-	madvise(home->links.mem, max * TLS_PLACE, MADV_DONTDUMP);
+	home->links = pool_new(max, page_round(sizeof(struct tls_link)));
+	madvise(home->links.mem, max * home->links.each, MADV_DONTDUMP);
 	home->cache = &SESSION_CACHE;
 	home->pair = pair;
 	home->sessions = sessions;
@@ -4945,6 +5078,19 @@ tls_drop(struct link *l)
 	l->tls = NULL;
 }
 
+/* Gives the system the memory of links that ended. */
+static void
+tls_trim(struct tls *home)
+{
+	pool_trim(&home->links);
+}
+
+static bool
+tls_warm(const struct tls *home)
+{
+	return pool_warm(&home->links);
+}
+
 /* ---- links --------------------------------------------------------------------------------------------------- */
 
 enum { LINK_END = 0, LINK_AGAIN = -1, LINK_FAILED = -2, LINK_PLAIN = -3 };
@@ -4984,7 +5130,8 @@ socket_write(struct link *l, const void *p, size_t n)
 	}
 	if (done >= 0)
 		return done;
-	return errno == EAGAIN || errno == ENOBUFS ? LINK_AGAIN : LINK_FAILED;
+	/* ENOTCONN: other systems than Linux say so while the connection is not there yet */
+	return errno == EAGAIN || errno == ENOBUFS || errno == ENOTCONN ? LINK_AGAIN : LINK_FAILED;
 }
 
 /* Sends the records that are ready: 1 all of them, LINK_AGAIN or LINK_FAILED. */
@@ -5108,7 +5255,7 @@ tls_read(struct link *l, char *p, size_t room)
 
 	for (int pulls = 0; pulls < PULLS_MAX && done < room && (l->seen & SEEN_READ) && !t->cut &&
 	    br_ssl_engine_current_state(&t->sc.eng) & BR_SSL_RECVREC; pulls++) {
-		ssize_t n = room - done >= TLS_RECORD + PAGE ? tls_pull_many(l, p, room, &done) : tls_pull(l);
+		ssize_t n = room - done >= TLS_RECORD + TLS_KEEP ? tls_pull_many(l, p, room, &done) : tls_pull(l);
 		if (n <= 0)
 			break;
 		done += tls_take(t, p + done, room - done);
@@ -5344,6 +5491,40 @@ link_discard(struct link *l, char *waste, size_t room)
 	return socket_read(l, waste, room);
 }
 
+/* The kernel asks a silent peer whether it is there, and gives up one that acknowledges nothing: who vanished without a word, in
+ * silence or in the middle of a stream, is known within a minute. What a listener is told, connections inherit. */
+static void
+socket_vigil(int fd)
+{
+	const struct { int level, name, value; } options[] = {
+		{SOL_SOCKET, SO_KEEPALIVE, 1}, {IPPROTO_TCP, TCP_KEEPIDLE, PROBE_FIRST_S}, {IPPROTO_TCP, TCP_KEEPINTVL, PROBE_EVERY_S},
+		{IPPROTO_TCP, TCP_KEEPCNT, PROBES},
+#ifdef TCP_USER_TIMEOUT
+		{IPPROTO_TCP, TCP_USER_TIMEOUT, GONE_MS},
+#endif
+	};
+
+	for (size_t i = 0; i < LENGTH(options); i++)
+		setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof options[i].value);
+}
+
+/* The peer takes nothing, and has acknowledged all that it got: it lives, is busy, and may be so for longer than a minute. */
+static void
+link_bear(const struct link *l)
+{
+#ifdef TCP_USER_TIMEOUT
+	struct tcp_info info;
+	socklen_t n = sizeof info;
+	int never = 0;
+
+	memset(&info, 0, sizeof info);
+	if (getsockopt(l->fd, IPPROTO_TCP, TCP_INFO, &info, &n) == 0 && info.tcpi_unacked == 0)
+		setsockopt(l->fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &never, sizeof never);
+#else
+	(void)l;
+#endif
+}
+
 /* Starts connecting; -1 with errno when that failed at once. */
 static int
 link_connect(struct link *l, const struct addr *to)
@@ -5354,6 +5535,8 @@ link_connect(struct link *l, const struct addr *to)
 		return -1;
 	if (to->ss.ss_family != AF_UNIX)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (!addr_loopback(to))              /* nothing on this machine vanishes without a word */
+		socket_vigil(fd);
 	if (connect(fd, (const struct sockaddr *)&to->ss, to->len) != 0 && errno != EINPROGRESS) {
 		int error = errno;
 		close(fd);
@@ -5384,15 +5567,15 @@ static void
 link_rest(struct link *l)
 {
 	struct tls_link *t = l->tls;
-	size_t need;
+	size_t need, at = page_round(offsetof(struct tls_link, in) + TLS_KEEP), kept = at - offsetof(struct tls_link, in);
 
-	if (t == NULL || (t->most_in <= TLS_KEEP && t->most_out <= PAGE) ||
+	if (t == NULL || kept >= TLS_IN || (t->most_in <= kept && t->most_out <= TLS_KEEP) ||
 	    br_ssl_engine_sendrec_buf(&t->sc.eng, &need) != NULL ||  /* records on their way out, an alert among them */
 	    br_ssl_engine_recvrec_buf(&t->sc.eng, &need) != t->in)   /* the beginning of a record, or bytes that nobody took */
 		return;
-	if (madvise(t->in + TLS_KEEP, TLS_PLACE - offsetof(struct tls_link, in) - TLS_KEEP, MADV_DONTNEED) != 0)
-		return;                      /* pages larger than PAGE: nothing went, and all of it is still to be wiped */
-	t->most_in = t->most_in < TLS_KEEP ? t->most_in : TLS_KEEP;
+	if (madvise((char *)t + at, t->home->links.each - at, MADV_DONTNEED) != 0)
+		return;                      /* nothing went, and all of it is still to be wiped */
+	t->most_in = t->most_in < kept ? t->most_in : (uint32_t)kept;
 	t->most_out = 0;
 }
 
@@ -5728,8 +5911,10 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
-	if (w->stopping && c->state == S_IDLE)
-		conn_hasten(c, w->now_ns + STOP_IDLE_MS * NS_PER_MS);
+	if (w->stopping && c->request == NULL)
+		conn_hasten(c, w->now_ns + (c->state == S_IDLE ? STOP_IDLE_MS : STOP_HALF_MS) * NS_PER_MS);
+	if (c->state == S_CONNECT)
+		conn_hasten(c, c->upstream.fd >= 0 ? c->request->connect_ns : w->now_ns + CONNECT_AGAIN_MS * NS_PER_MS);
 	if (conn_spent(c))
 		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
 	if (c->state == S_SEND) {
@@ -6239,20 +6424,50 @@ step_new(struct worker *w, struct conn *c)
 	return conn_begin(w, c);
 }
 
-/* Connects to the upstream's next address that takes the attempt. */
+/* Chooses an address that this request has not tried: the first that does not rest, else the first. None left: `addrs`. */
+static void
+conn_choose(struct worker *w, struct conn *c)
+{
+	const struct upstream *u = &config.upstream;
+	struct request *r = c->request;
+	unsigned first = u->addrs;
+
+	for (r->address = 0; r->address < u->addrs; r->address++) {
+		if (r->tried >> r->address & 1)
+			continue;
+		first = first < u->addrs ? first : r->address;
+		if (u->addrs == 1 || !fate_rests(w->table, &u->addr[r->address], w->now_ns))
+			break;
+	}
+	r->address = (uint8_t)(r->address < u->addrs ? r->address : first);
+	r->connect_ns = w->now_ns + config.connect_ms * NS_PER_MS;
+}
+
+/* The address that was tried does not take the connection. */
+static void
+conn_address_failed(struct worker *w, struct conn *c)
+{
+	struct request *r = c->request;
+
+	if (config.upstream.addrs > 1)
+		fate_failed(w->table, &config.upstream.addr[r->address], w->now_ns);
+	r->tried |= (uint8_t)(1u << r->address);
+	conn_choose(w, c);
+}
+
+/* Connects to the chosen address, or the next that takes the attempt. A unix socket whose queue is full is tried again. */
 static enum step
 conn_connect(struct worker *w, struct conn *c)
 {
 	struct request *r = c->request;
 
 	conn_leave_upstream(c);
-	for (; r->address < config.upstream.addrs; r->address++) {
-		w->connect_failed |= r->address > 0;
-		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0) {
+	for (; r->address < config.upstream.addrs; conn_address_failed(w, c)) {
+		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0 || errno == EAGAIN) {
 			conn_enter(w, c, S_CONNECT);
-			return STEP_AGAIN;
+			return c->upstream.fd >= 0 ? STEP_AGAIN : STEP_WAIT;
 		}
-		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM || errno == EADDRNOTAVAIL) {
 			r->retry_ms = 1000;
 			return conn_refuse(w, c, R_FULL);
 		}
@@ -6280,6 +6495,7 @@ conn_forward(struct worker *w, struct conn *c)
 		return conn_refuse(w, c, R_HEAD_LONG);
 	}
 	pipe_built(w, &c->req, &o);
+	conn_choose(w, c);
 	return conn_connect(w, c);
 }
 
@@ -6341,14 +6557,18 @@ step_connect(struct worker *w, struct conn *c)
 
 	if (c->client.seen & SEEN_GONE && (left = conn_left(c)) != R_NONE)
 		return request_abandon(w, c, left);
+	if (c->upstream.fd < 0)
+		return STEP_WAIT;
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	if (pipe_flush(p, &c->upstream) < 0 && p->out == before) {
-		c->request->address++;
+		conn_address_failed(w, c);
 		return conn_connect(w, c);
 	}
 	if (p->out == before)
 		return STEP_WAIT;
+	if (config.upstream.addrs > 1)
+		fate_reached(w->table, &config.upstream.addr[c->request->address]);
 	c->request->connected = true;
 	request_stretch(w, c);
 	conn_enter(w, c, S_SEND);
@@ -6684,22 +6904,25 @@ static enum step
 late_head(struct worker *w, struct conn *c, enum reason reason)
 {
 	head_clear(&w->head);
-	return conn_refuse_head(w, c, reason);
+	return conn_refuse_head(w, c, w->stopping ? R_DRAIN : reason);
 }
 
-/* The upstream's name may have another address. */
+/* Another try at a full unix socket, or another address. */
 static enum step
 late_connect(struct worker *w, struct conn *c, enum reason reason)
 {
-	if (c->request->address + 1u >= config.upstream.addrs)
-		return conn_refuse_upstream(w, c, reason);
-	c->request->address++;
-	return conn_connect(w, c);
+	if (w->now_ns < c->request->connect_ns)
+		return conn_connect(w, c);
+	conn_address_failed(w, c);
+	w->connect_failed |= c->request->address >= config.upstream.addrs;
+	return c->request->address < config.upstream.addrs ? conn_connect(w, c) : conn_refuse_upstream(w, c, reason);
 }
 
 static enum step
 late_send(struct worker *w, struct conn *c, enum reason reason)
 {
+	if (pipe_waits(&c->req))
+		link_bear(&c->upstream);
 	if (request_moves(w, c))
 		return STEP_WAIT;
 	c->request->close = true;
@@ -7747,7 +7970,7 @@ worker_map(struct worker *w)
 
 	w->conns = pool_new(max, sizeof(struct conn));
 	w->requests = pool_new(max, sizeof(struct request));
-	w->bufs = pool_new(2 * max, BUF_SIZE);
+	w->bufs = pool_new(2 * max, page_round(BUF_SIZE));
 	w->ready = map_new(max * sizeof *w->ready, MAP_PRIVATE);
 	w->pfd = map_new(worker_waits() * sizeof *w->pfd, MAP_PRIVATE);
 	w->event = map_new(worker_waits() * WATCH_EVENT, MAP_PRIVATE);
@@ -7943,10 +8166,23 @@ worker_gather_poll(struct worker *w, bool accepting)
 	}
 }
 
+/* A worker whose places are taken leaves the listeners to those of its server that have some. */
+static bool
+worker_yields(struct worker *w)
+{
+	uint32_t room = w->conns.left > 0 && !w->draining ? w->server : 0;
+
+	if (w->row == NULL)
+		return false;
+	if (atomic_load_explicit(&w->row->room, memory_order_relaxed) != room)
+		atomic_store_explicit(&w->row->room, room, memory_order_relaxed);
+	return w->conns.left == 0 && table_room_elsewhere(w->table, w->row, w->server);
+}
+
 static void
 worker_gather(struct worker *w)
 {
-	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
+	bool yields = worker_yields(w), accepting = !w->draining && w->now_ns >= w->accept_ns && !yields;
 
 	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));   /* who is parked never comes back */
 	if (!w->many) {
@@ -7974,6 +8210,23 @@ worker_collect_poll(struct worker *w)
 	}
 }
 
+/* Are there buffers that hold memory and that nobody uses? */
+static bool
+worker_warm(const struct worker *w)
+{
+	return pool_warm(&w->bufs) || (w->tls != NULL && tls_warm(w->tls));
+}
+
+/* After a burst: what its buffers hold goes back to the system. */
+static void
+worker_trim(struct worker *w)
+{
+	w->trim_ns = w->now_ns + TRIM_MS * NS_PER_MS;
+	pool_trim(&w->bufs);
+	if (w->tls != NULL)
+		tls_trim(w->tls);
+}
+
 /* How long a worker may sleep: until the next deadline, or the next try of whatever had to be put off. */
 static int
 worker_patience(const struct worker *w)
@@ -7988,6 +8241,8 @@ worker_patience(const struct worker *w)
 		until = w->accept_ns;
 	if (w->draining && w->drain_ns < until)
 		until = w->drain_ns;
+	if (worker_warm(w) && w->trim_ns < until)
+		until = w->trim_ns;
 	if (until <= w->now_ns)
 		return 0;
 	ms = (until - w->now_ns) / NS_PER_MS + 1;
@@ -8016,6 +8271,8 @@ worker_drain(struct worker *w)
 	if (w->draining)
 		return;
 	w->draining = true;
+	if (w->row != NULL)
+		atomic_store_explicit(&w->row->room, 0, memory_order_relaxed);
 	w->drain_ns = w->now_ns + config.drain_ms * NS_PER_MS;
 	watch_listeners(w, false);
 	for (unsigned i = 0; i < w->listeners; i++)
@@ -8023,20 +8280,17 @@ worker_drain(struct worker *w)
 	w->listeners = 0;
 }
 
-/* The server stops: idle connections get some seconds more for a request that is on its way, and then end. */
+/* The server stops: idle connections get some seconds more for a request that is on its way, those that have not sent a whole
+ * one yet a moment. */
 static void
 worker_hurry_idle(struct worker *w)
 {
-	uint64_t end_ns = w->now_ns + STOP_IDLE_MS * NS_PER_MS;
-
 	w->stopping = true;
 	for (size_t i = 0; i < w->conns.fresh; i++) {
 		struct conn *c = conn_at(w, i);
-		if ((c->state == S_IDLE || c->state == S_OPEN || c->state == S_NEW) && c->deadline_ns > end_ns)
-			c->deadline_ns = end_ns;
+		if (c->state != S_FREE && c->request == NULL)
+			conn_touch(w, c);
 	}
-	if (w->sweep_ns > end_ns)
-		w->sweep_ns = end_ns;
 }
 
 /* A word from the supervisor: D, drain; T, drain because the server stops; X, end at once; P, answer with the same; L and a
@@ -8165,6 +8419,8 @@ worker_accept(struct worker *w, int listener, bool secure)
 	for (int i = 0; i < ACCEPTS_MAX; i++) {
 		struct sockaddr_storage peer;
 		socklen_t len = sizeof peer;
+		if (worker_yields(w))
+			return;
 		memset(&peer, 0, sizeof peer);
 		int fd = accept4(listener, (struct sockaddr *)&peer, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
 		if (fd < 0 && (errno == ECONNABORTED || errno == EINTR))
@@ -8254,6 +8510,8 @@ worker_turn(struct worker *w)
 		worker_control(w);
 	if (w->now_ns >= w->sweep_ns)
 		worker_sweep(w);
+	if (w->now_ns >= w->trim_ns)
+		worker_trim(w);
 	if (w->connect_failed && config.upstream.named && w->control >= 0)
 		send(w->control, "R", 1, MSG_NOSIGNAL | MSG_DONTWAIT);   /* its name may mean another address by now */
 	w->connect_failed = false;
@@ -8423,6 +8681,7 @@ listener_open(struct addr *a)
 	else {
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* what is accepted inherits it */
+		socket_vigil(fd);
 	}
 	if (a->ss.ss_family == AF_INET6)
 		setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
@@ -8468,6 +8727,7 @@ listeners_passed(struct supervisor *s)
 		if (fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) != 0)
 			die(EX_CONFIG, "LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* no harm to a unix socket */
+		socket_vigil(fd);
 		s->listener[i] = fd;
 	}
 	unsetenv("LISTEN_PID");
@@ -8588,6 +8848,7 @@ child_run(const struct supervisor *s, int control)
 	w->sessions = s->sessions;
 	w->row = table_row_take(s->table, supervisor_state(s));
 	w->control = control;
+	w->server = (uint32_t)getppid();
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	memcpy(w->secure, s->secure, sizeof w->secure);
@@ -9714,6 +9975,7 @@ inetd_run(void)
 	fcntl(in, F_SETFL, flags[0] | O_NONBLOCK);
 	fcntl(out, F_SETFL, flags[1] | O_NONBLOCK);
 	setsockopt(in, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	socket_vigil(in);
 	worker_ready(w, root, sandbox_probe(root));
 	bool secure = w->pair != NULL && peer.ss_family != AF_UNIX;
 	enum reason refused = worker_admits(w, &peer, secure, &heard);
@@ -10048,8 +10310,8 @@ command_key(char *const *words, size_t n)
 static uint64_t
 check_memory(void)
 {
-	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * BUF_SIZE + 2 * sizeof(struct pollfd) + 64 +
-	                (config.tls_cert != NULL ? TLS_PLACE : 0);
+	uint64_t each = sizeof(struct conn) + sizeof(struct request) + 2 * page_round(BUF_SIZE) + 2 * sizeof(struct pollfd) + 112 +
+	                (config.tls_cert != NULL ? page_round(sizeof(struct tls_link)) : 0);
 
 	return (config.max_conns * each + 4 * BUF_SIZE + sizeof(struct worker) + LOG_BUF) / 1024;
 }

@@ -76,6 +76,10 @@ enum {
 
 	CLOCK_SKEW_MS = 60000,       /* how far the clocks of two turns may lie apart */
 
+	FATES = 16,                  /* addresses of upstreams of which the shared table remembers that they could not be reached */
+	FATE_REST_MS = 10000,        /* for so long the other addresses go first */
+	CONNECT_AGAIN_MS = 20,       /* until a unix socket whose queue is full is tried again */
+
 	LOG_BUF = 65536,             /* bytes of log lines waiting in a process */
 	LOG_LINE = 4096,             /* bytes of one line: PIPE_BUF, so that lines of several workers never mix */
 
@@ -100,7 +104,11 @@ enum {
 	LINGER_MS = 2000,            /* how long a closing connection is read on, so that our answer is not lost to a reset */
 	LINGER_BYTES = 8 << 20,      /* and how many bytes of it */
 	UPSTREAM_END_MS = 1000,      /* after a whole answer: for the upstream to end its connection; then we do */
-	READER_MS = 60000,           /* how long bytes wait for a client that reads nothing */
+	READER_MS = 55000,           /* how long bytes wait for a client that reads nothing; less than GONE_MS, which would end it, too */
+	GONE_MS = 57000,             /* a peer that vanished without a word is known after so long: bytes unacknowledged, or */
+	PROBE_FIRST_S = 21,          /* after so much silence, in seconds, the kernel begins to ask it whether it is there, */
+	PROBE_EVERY_S = 12,          /* then every so often, and with the fourth question unanswered it is gone */
+	PROBES = 3,
 	ACCEPT_PAUSE_MS = 100,       /* no accepting for so long when descriptors or memory ran out */
 	SWEEP_MIN_MS = 10,           /* shortest time between two looks at all deadlines */
 	LOG_RETRY_MS = 200,          /* a log that could not be written is tried again after so long */
@@ -108,6 +116,9 @@ enum {
 	AGAIN_MS = 30000,            /* until a keys file that could not be read is read again though it did not change */
 	CHECK_MS = 10000,            /* for a new binary to check what it would run */
 	STOP_IDLE_MS = 5000,         /* when the server stops: for the next request of an idle connection */
+	STOP_HALF_MS = 500,          /* the same for a handshake or a head to become whole */
+	TRIM_MS = 2000,              /* time between two looks for buffers that nobody has used since */
+	TRIM_KEEP = 8,               /* buffers that keep their memory all the same */
 	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
 	RESPAWN_MAX_MS = 1000,
@@ -139,7 +150,8 @@ struct pool {
 	size_t each;                 /* bytes of one */
 	size_t fresh;                /* places that were never used begin here */
 	size_t left;                 /* places that can be taken */
-	void *given;                 /* those that came back, each beginning with the address of the next */
+	void **given;                /* those that came back, the last of them on top */
+	size_t n, cold;              /* so many of these; so many of them, at the bottom, hold no memory */
 };
 
 /* A socket address and how people write it. */
@@ -271,13 +283,20 @@ struct rate {
 
 struct rate_slot {
 	_Atomic uint64_t id;         /* keyed hash of an address; 0: free */
-	_Atomic uint64_t tat_ns;     /* theoretical arrival time, CLOCK_MONOTONIC */
+	_Atomic uint64_t tat_ns;     /* theoretical arrival time, CLOCK_MONOTONIC; one that no running clock gave counts as long past */
+};
+
+/* An address of an upstream that could not be reached. */
+struct fate_slot {
+	_Atomic uint64_t id;         /* keyed hash of address and port; 0: free */
+	_Atomic uint64_t failed_ns;  /* when it was tried last, CLOCK_MONOTONIC; 0: it was reached since */
 };
 
 /* What one worker holds. Only that worker writes it, and who finds it dead: each has a line of the processor's cache. */
 struct conn_row {
 	_Alignas(64) _Atomic uint32_t taken;  /* process id of the worker that has it; 0: none */
 	_Atomic uint32_t used;       /* entries that may be other than 0 */
+	_Atomic uint32_t room;       /* process id of the supervisor whose worker this is, while it has room for another connection */
 	_Atomic uint64_t events;     /* connections that it took and requests that began, ever */
 	_Atomic uint64_t requests;   /* in flight */
 };
@@ -287,9 +306,10 @@ struct table {
 	uint64_t size;               /* bytes of the mapping */
 	uint64_t seed[2];            /* key of the address hash, random at creation */
 	uint32_t rows, conns;        /* rows that follow this struct; identities of addresses of each, which follow them */
+	struct fate_slot fate[FATES];
 	_Alignas(64) struct rate_slot address[RATE_SETS][RATE_WAYS];
 };
-#define TABLE_MAGIC 0x356c626174796e74ull
+#define TABLE_MAGIC 0x366c626174796e74ull
 _Static_assert(sizeof(struct rate_slot) == 16, "layout shared by processes of different versions");
 
 /* TLS sessions that can be resumed, by every worker of every generation: one mapping of its own, never in a file. A slot
@@ -427,12 +447,14 @@ struct request {
 	uint64_t stretch_ns, stretch_in;  /* end of this stretch of time; body bytes before it */
 	const char *detail;          /* of the reason: configured or constant text */
 	uint64_t retry_ms;           /* what Retry-After tells */
+	uint64_t connect_ns;         /* in S_CONNECT: when this address is given up */
 	struct key key;              /* name "" until found */
 	uint16_t path_len;
 	uint8_t method_len, id_len;
 	uint16_t status;             /* sent to the client; 0: none yet */
 	uint8_t reason, dialect, interim, minor;
 	uint8_t address;             /* which of the upstream's addresses is tried */
+	uint8_t tried;               /* bits: those that were */
 	bool head_method;            /* HEAD: the answer has no body */
 	bool connected;              /* reached the upstream */
 	bool upgrade;                /* asked for a WebSocket */
@@ -488,6 +510,7 @@ struct worker {
 	uint64_t turn, signed_turn;  /* its number; the last in which a handshake had costly work done */
 	uint64_t sweep_ns;           /* no deadline lies before this */
 	uint64_t accept_ns;          /* no accepting before this */
+	uint64_t trim_ns;            /* no buffers are given back to the system before this */
 	uint64_t drain_ns;           /* when draining: the end of it */
 	uint64_t random[2], ids;     /* for request ids: key and counter */
 	size_t used;                 /* connections open */
@@ -499,6 +522,7 @@ struct worker {
 	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
 	int control;                 /* from the supervisor; its end means that it is gone */
+	uint32_t server;             /* the supervisor's process id; 0: none, under -i */
 	int epoll;                   /* -1: none, all go in the poll set */
 	unsigned called;             /* bits: listeners, and behind them control, that are ready in this turn */
 	bool many;                   /* all wait in the epoll set */

@@ -653,7 +653,7 @@ class Load:
                         if self.fresh or answer.closes:
                             break
             except (Cut, OSError, AssertionError) as error:
-                if late and not asked:
+                if (late or self.ending and isinstance(error, ConnectionRefusedError)) and not asked:
                     self.refused += 1
                     return
                 self.errors.append(f"{type(error).__name__}: {error}")

@@ -955,7 +955,7 @@ test_config_defaults(void)
 	CHECK(cfg.ip_rate.interval_ns == 100 * NS_PER_MS && cfg.ip_rate.burst == 20 && cfg.ip_conns == 64);
 	CHECK(cfg.log == NULL && cfg.log_format == LOG_LOGFMT && !cfg.env_key);
 	CHECK(cfg.header_ms == 10000 && cfg.connect_ms == 5000 && cfg.first_byte_ms == 600000 && cfg.idle_ms == 600000);
-	CHECK(cfg.keepalive_ms == 75000 && cfg.drain_ms == 600000 && cfg.linger_ms == 2000 && cfg.reader_ms == 60000);
+	CHECK(cfg.keepalive_ms == 75000 && cfg.drain_ms == 600000 && cfg.linger_ms == 2000 && cfg.reader_ms == 55000);
 }
 
 static void

@@ -1,5 +1,7 @@
 // A real server of cpp-httplib, as llama-server is one: it answers many requests without reading their bodies.
 // Usage: refuse_cpp serving|loading RECORD; what it does is told in refusals.py.
+// Compiled with a backlog of 512, as llama.cpp does: with the library's own 5 the kernel resets whom it cannot keep.
+#define CPPHTTPLIB_LISTEN_BACKLOG 512
 #include <httplib.h>
 
 #include <fcntl.h>

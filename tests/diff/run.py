@@ -22,7 +22,7 @@ from program import Tinyauth
 
 BATCH = 500
 REPORTED = 4            # failures of a kind that are told in full
-CLIENT_FIELDS = ("Authorization", "X-Api-Key", "Api-Key", "Keep-Alive", "Proxy-Connection", "HTTP2-Settings", "Forwarded", "X-Client-IP",
+CLIENT_FIELDS = ("Authorization", "X-Api-Key", "Api-Key", "Keep-Alive", "Proxy-Connection", "TE", "HTTP2-Settings", "Forwarded", "X-Client-IP",
                  "True-Client-IP", "X-Cluster-Client-IP")
 
 
@@ -89,6 +89,9 @@ def house_rules(connection, host, stream):
         kept = [name for name in CLIENT_FIELDS if message.values(name)]
         if kept:
             yield f"a field of the client went upstream: {', '.join(kept)}"
+        wanted = b"upgrade" if message.values("Upgrade") else b"close"
+        if message.values("Connection") != [wanted]:
+            yield f"Connection went upstream as {message.values('Connection')}"
         if any(b"_" in name for name in names):
             yield "a field with _ in its name went upstream"
         for name, value in (("Host", host), ("X-Real-IP", traffic.address_of(stream.index)), ("X-Forwarded-For", traffic.address_of(stream.index)),

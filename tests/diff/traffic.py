@@ -24,7 +24,7 @@ def address_of(index):
 
 
 class Recorder(asyncio.Protocol):
-    """One connection of tinyauth to the upstream: keeps its bytes and answers each whole request."""
+    """One connection of tinyauth to the upstream: keeps its bytes and answers the one request that it carries."""
 
     def __init__(self, upstream):
         self.upstream = upstream
@@ -47,29 +47,30 @@ class Recorder(asyncio.Protocol):
     def data_received(self, data):
         self.data += data
         self.upstream.moved(self)
-        while self.trouble is None and not self.transport.is_closing() and self.read_one():
-            pass
+        if self.requests:
+            self.trouble = "bytes came behind the request that the connection was for"
+        elif not self.transport.is_closing():
+            self.read_one()
 
     def read_one(self):
         try:
-            message = wire.read_message(self.data, self.at, "request")
+            message = wire.read_message(self.data, 0, "request")
         except wire.Malformed as error:
             self.trouble = f"malformed: {error}"
             self.transport.close()
-            return False
+            return
         if message is None:
-            return False
+            return
         self.identify(message)
         if not message.whole:
             self.partial = message
             self.go_on(message)
-            return False
-        self.at, self.continued, self.partial = message.end, False, None
+            return
+        self.at, self.partial = message.end, None
         if self.at < len(self.data):
-            self.trouble = "bytes came after a request that was not answered yet"
+            self.trouble = "bytes came behind the request that the connection was for"
         self.requests.append(message)
         self.answer(message)
-        return True
 
     def identify(self, message):
         if self.client is None and message.values("X-Real-IP"):
@@ -81,13 +82,13 @@ class Recorder(asyncio.Protocol):
             self.continued = True
 
     def answer(self, message):
-        """Some answers end the connection; after an Upgrade it always ends, as what follows would be no HTTP."""
-        last = bool(message.values("Upgrade")) or message.target.endswith(b"b=c")
+        """Most answers end the connection, as the request asked for; some servers leave that to the other side."""
+        last = not message.target.endswith(b"b=c")
         body = b"answer to " + message.target
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%b\r\n" % (len(body), b"Connection: close\r\n" if last else b"")
         self.transport.write(head if message.start.startswith(b"HEAD ") else head + body)
         if last:
-            self.transport.close()
+            self.transport.write_eof()      # and reads on: nothing more must come
 
 
 class Upstream:

@@ -145,6 +145,14 @@ class Lane:
             filler.connect_ex(self.listener.getsockname())
             self.fillers.append(filler)
 
+    def drop_stale(self):
+        """Nobody has taken yet what the last exchange's client left behind at once."""
+        while self.accepts:
+            try:
+                self.listener.accept()[0].close()
+            except BlockingIOError:
+                break
+
     def close_sockets(self):
         for sock in (self.listener, *self.fillers):
             sock.close()
@@ -160,9 +168,9 @@ class Lane:
 class Sender:
     """Sends pieces over a socket, one by one, and obeys the marks between them."""
 
-    def __init__(self, exchange, sock, split):
+    def __init__(self, exchange, sock, peer, split):
         self.exchange, self.sock, self.split = exchange, sock, split
-        self.ours, self.peer = sock.getsockname(), sock.getpeername()
+        self.ours, self.peer = sock.getsockname(), peer
         self.queue, self.dead, self.blocked, self.sent = deque(), False, False, False
         self.since = None           # when the waiting for the front of the queue began
         self.allowance = 1.0        # seconds that may in all be spent waiting for the peer to read
@@ -226,7 +234,10 @@ class Sender:
         if word in ("wait", "quiet", "silence"):
             return self.pause(word, seconds(rest), now)
         if word == "fin":
-            self.sock.shutdown(socket.SHUT_WR)
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError:             # it was reset
+                self.dead = True
             return True
         if word == "rst":
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -245,14 +256,14 @@ class Sender:
 class Upstream:
     """One connection that tinyauth made to the upstream."""
 
-    def __init__(self, exchange, sock):
+    def __init__(self, exchange, sock, peer):
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.exchange, self.sock = exchange, sock
         self.data, self.at, self.ended, self.malformed = bytearray(), 0, False, ""
         self.head_seen = self.silent = self.tunnel = False
         self.requests = []
-        self.sender = Sender(exchange, sock, exchange.way == "split")
+        self.sender = Sender(exchange, sock, peer, exchange.way == "split")
 
     def read(self):
         try:
@@ -311,7 +322,8 @@ class Upstream:
     def send_plain(self, request, body, when):
         if when == "whole":
             head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
-            self.sender.push([head if request.start.startswith(b"HEAD ") else head + body])
+            # the request says that it is the connection's last; there are servers that do not act on it
+            self.sender.push([head if request.start.startswith(b"HEAD ") else head + body, *([] if self.sender.split else ["fin"])])
 
     def rest(self):
         return bytes(self.data[self.at:])
@@ -339,13 +351,14 @@ class Exchange:
         self.started = time.monotonic()
         times = case.get("time").split()
         self.deadline = self.started + (seconds(times[1]) + 1 if times else PATIENCE)
+        lane.drop_stale()
         self.held = [socket.create_connection(("127.0.0.1", lane.tinyauth.port)) for _ in range(int(case.get("hold") or 0))]
         self.client = socket.create_connection(("127.0.0.1", lane.tinyauth.port), PATIENCE)
         if lane.secure:
             self.client = SecureSocket(self.client)
         self.client.setblocking(False)
         self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sender = Sender(self, self.client, way == "split")
+        self.sender = Sender(self, self.client, self.client.getpeername(), way == "split")
         self.sender.push(client_pieces(case, way))
 
     def run(self):
@@ -387,10 +400,10 @@ class Exchange:
 
     def accept(self):
         try:
-            sock, _ = self.lane.listener.accept()
+            sock, peer = self.lane.listener.accept()    # it may have ended already: then it has no name to be asked for
         except BlockingIOError:
             return
-        up = Upstream(self, sock)
+        up = Upstream(self, sock, peer)
         self.upstreams.append(up)
         if self.script and self.script[0].when == "accept":
             up.sender.push(self.script.pop(0).pieces)
