@@ -5525,16 +5525,23 @@ link_bear(const struct link *l)
 #endif
 }
 
+/* Small pieces go out at once. What is written in one go does not need this. */
+static void
+link_prompt(const struct link *l)
+{
+	int one = 1;
+
+	setsockopt(l->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);   /* no harm to a unix socket */
+}
+
 /* Starts connecting; -1 with errno when that failed at once. */
 static int
 link_connect(struct link *l, const struct addr *to)
 {
-	int one = 1, fd = socket(to->ss.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	int fd = socket(to->ss.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 
 	if (fd < 0)
 		return -1;
-	if (to->ss.ss_family != AF_UNIX)
-		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 	if (!addr_loopback(to))              /* nothing on this machine vanishes without a word */
 		socket_vigil(fd);
 	if (connect(fd, (const struct sockaddr *)&to->ss, to->len) != 0 && errno != EINPROGRESS) {
@@ -6569,6 +6576,8 @@ step_connect(struct worker *w, struct conn *c)
 		return STEP_WAIT;
 	if (config.upstream.addrs > 1)
 		fate_reached(w->table, &config.upstream.addr[c->request->address]);
+	if (!p->body.done || pipe_waits(p) || c->request->upgrade)
+		link_prompt(&c->upstream);
 	c->request->connected = true;
 	request_stretch(w, c);
 	conn_enter(w, c, S_SEND);
