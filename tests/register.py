@@ -29,8 +29,8 @@ import time
 from pathlib import Path
 
 sys.dont_write_bytecode = True
-from e2e import (ALICE, KEYS, UPGRADE, Client, Cut, Run, Skip, Started, Stream, alive, alone, check_error,  # noqa: E402
-                 connect_to, environment, frozen, many_keys, request, same, until)
+from e2e import (ALICE, KEYS, UPGRADE, Client, Cut, Model, Run, Secure, Started, Stream, alone, check_error,  # noqa: E402
+                 environment, frozen, many_keys, request, same, until)
 from faults.run import descriptors, hold_stream, run_all, slow, small_disk  # noqa: E402
 from minimal import Answering, Held, Inetd, Manager, Server, named, nameless, ordinary  # noqa: E402
 from regressions import Upstream, read_head  # noqa: E402
@@ -198,10 +198,10 @@ def at(server, address):
 
 # The state file on a full disk
 
-def start(lab, *options, timeout=8, fds=None):
+def start(lab, *options, before=(), timeout=8, fds=None):
     """tinyauth to its end, which comes by itself: its exit status and words."""
     lab.write(lab.path("keys"), KEYS)
-    command = [lab.binary, "-k", lab.path("keys"), "-u", lab.shared.name, "-w", "1"]
+    command = [*before, lab.binary, "-k", lab.path("keys"), "-u", lab.shared.name, "-w", "1"]
     if fds is None:
         command += ["-l", "127.0.0.1:0"]
     else:
@@ -253,6 +253,31 @@ def test_sparse_state_on_a_full_disk(lab):
         before = Path(state).read_bytes()
         check_no_room(state, *start(lab, "--state", state))
         same((Path(state).read_bytes() == before, os.listdir(place)), (True, ["state"]), "the file and its directory")
+
+
+def failing_calls(lab, calls, error, when=""):
+    """A command under which these system calls of what follows fail."""
+    return ["strace", "-o", lab.path("trace"), "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}{when}"]
+
+
+def test_state_where_nothing_can_be_allocated_ahead(lab):
+    """On a file system that cannot allocate (NFS, FAT and others): the file is whole all the same, also one that had holes, which
+    keeps what it says; and a full disk is told."""
+    before = failing_calls(lab, "fallocate", "EOPNOTSUPP")
+    for number, prepare in enumerate((lambda place: f"{place}/state", lambda place: sparse(lab, place))):
+        with small_disk(lab, "8m") as place:
+            state = prepare(place)
+            held = Path(state).read_bytes() if number else b""
+            tinyauth = Server(lab, "--state", state, before=before)
+            tinyauth.pid = int(tinyauth.events("ready")[0]["pid"])
+            found = os.stat(state)
+            assert found.st_blocks * 512 >= found.st_size, f"{found.st_blocks} blocks of 512 for {found.st_size} bytes"
+            same(Path(state).read_bytes()[:len(held)][:SLOTS_AT], held[:SLOTS_AT], "the head of the file")
+            same(tinyauth.ask("GET", "/t/echo").status, 200, "status")
+            same(tinyauth.stop(), [], "end")
+            lab.things.remove(tinyauth)
+    with small_disk(lab, "128k") as place:
+        check_no_room(f"{place}/state", *start(lab, "--state", f"{place}/state", before=before))
 
 
 def test_inetd_state_on_a_full_disk(lab):
@@ -437,6 +462,20 @@ def test_full_backlog_that_stays_full(lab):
     same(gone["reason"], "client_closed", "the one who left")
 
 
+def test_inetd_full_backlog(lab):
+    """-i in front of a unix socket whose backlog is full for a second: served."""
+    passable(lab)
+    path = lab.path("model.sock")
+    listener = unix_listener(lab, path, 1)
+    fill_backlog(lab, path)
+    served = Inetd(lab, upstream=f"unix:{path}")
+    served.client.send(request("POST", "/v1/chat/completions", body=b"{}"))
+    time.sleep(1)
+    accept_all(listener)
+    same(served.client.read().status, 200, "status")
+    served.finish()
+
+
 def test_unix_upstream_whose_server_is_gone(lab):
     """A unix socket that nobody listens on any more is refused at once: only what may pass is waited for."""
     passable(lab)
@@ -485,6 +524,25 @@ def test_unix_upstream_in_a_new_directory(lab):
     os.makedirs(place)
     os.chmod(above, 0o755)
     check_moved(lab, tinyauth, path, b"with the one above", 3)
+
+
+def test_unix_upstream_behind_a_link(lab):
+    """The directory is a link, which leads to another one from now on; a stream from the old one runs on."""
+    passable(lab)
+    path = lab.path("current/model.sock")
+    for name in ("first", "second"):
+        os.mkdir(lab.path(name))
+        os.chmod(lab.path(name), 0o755)
+    os.symlink("first", lab.path("current"))
+    lab.things.append(Model(lab.path("first"), "--unix", lab.path("first/model.sock")))
+    tinyauth = lab.tinyauth(upstream=f"unix:{path}")
+    tinyauth.expect("event=upstream_moved")
+    stream = Stream(tinyauth.connect(), 150, 20)
+    accept_all(unix_listener(lab, lab.path("second/model.sock"), 8), b"second")
+    os.symlink("second", lab.path("new"))
+    os.rename(lab.path("new"), lab.path("current"))
+    until(lambda: tinyauth.ask("GET", "/").body == b"second", "an answer from the second", 8)
+    assert stream.whole(), f"stream: {stream.error}, {len(stream.seen)} events"
 
 
 # Connecting
@@ -770,6 +828,12 @@ def test_passed_in_sockets_that_do_not_listen(lab):
                     continue
                 if (status, said.count("\n")) != (78, 1) or word not in said or f"descriptor {2 + len(fds)} " not in said:
                     problems.append(f"{what}: {status} {said!r}")
+        try:
+            status, said = start(lab, timeout=3, before=[sys.executable, "-c", "import os, sys; os.environ.update(LISTEN_FDS='1', "
+                                 "LISTEN_PID=str(os.getpid())); os.execvp(sys.argv[1], sys.argv[1:])"])
+            same((status, said.count("\n")), (78, 1), f"exit status and lines with none at all: {said!r}")
+        except AssertionError as error:
+            problems.append(str(error))
         same(problems, [], "what was taken or said")
 
 
@@ -912,22 +976,18 @@ def test_silent_but_living(lab):
 
 # Places and stops
 
-def check_places(tinyauth, all_at_once):
-    """Eight places in each of four workers: all are had before somebody is turned away."""
+def check_places(tinyauth, places, all_at_once):
+    """So many places there are in all workers together: all are had before somebody is turned away."""
     statuses, held = [], []
+    with frozen(tinyauth.workers()) if all_at_once else contextlib.nullcontext():
+        for _ in range(places):
+            held.append(tinyauth.connect(silent=all_at_once))
+            held[-1].send(request("GET", "/stream"))
+            if not all_at_once:
+                statuses.append(held[-1].head().status)
     if all_at_once:
-        with frozen(tinyauth.workers()):
-            held = [tinyauth.connect(silent=True) for _ in range(32)]
-            for client in held:
-                client.send(request("POST", "/api/generate", body=b'{"events": 100000, "gap_ms": 100}'))
         statuses = [client.head().status for client in held]
-    else:
-        for _ in range(32):
-            client = tinyauth.connect()
-            held.append(client)
-            client.send(request("POST", "/api/generate", body=b'{"events": 100000, "gap_ms": 100}'))
-            statuses.append(client.head().status)
-    same(statuses, [200] * 32, f"statuses of 32 streams, {'at once' if all_at_once else 'one by one'}")
+    same(statuses.count(200), places, f"of {places} streams that began {'at once' if all_at_once else 'one by one'}, those served")
     began = time.monotonic()
     same(tinyauth.ask("GET", "/t/echo").status, 503, "one more")
     assert time.monotonic() - began < 2, f"503 after {time.monotonic() - began:.1f} s"
@@ -938,11 +998,12 @@ def check_places(tinyauth, all_at_once):
 
 @alone
 def test_all_places_of_all_workers(lab):
-    """Four workers of eight places: 32 streams run before one more gets 503, and each that ends makes room."""
-    for all_at_once in (False, True, False, True):
-        tinyauth = lab.tinyauth("--max-conns", "8", "--ip-conns", "100", workers=4)
+    """Four workers of eight places, and two of forty: as many streams run before one more gets 503, and each that ends makes room."""
+    site = Site(lab, behave)
+    for workers, conns, all_at_once in ((4, 8, False), (4, 8, True), (2, 40, False), (2, 40, True), (4, 8, False)):
+        tinyauth = lab.tinyauth("--max-conns", str(conns), "--ip-conns", "100", workers=workers, upstream=site.name)
         tinyauth.expect("event=turned_away .*reason=full")
-        check_places(tinyauth, all_at_once)
+        check_places(tinyauth, workers * conns, all_at_once)
         same(tinyauth.stop(), [], "end")
         lab.things.remove(tinyauth)
 
@@ -962,16 +1023,17 @@ def test_stop_does_not_wait_for_those_who_asked_nothing(lab):
     cases = {"silence": ((), b"", False), "half a head": ((), request("GET", "/t/echo")[:40], False),
              "half a second head": ((), request("GET", "/t/echo")[:40], True),
              "half a PROXY header": (("--trust", "127.0.0.1"), b"PROXY TCP4 192.0.2.7", False),
-             "half a handshake": (pair.options, hello, False), "silence where TLS is spoken": (pair.options, b"", False)}
+             "half a handshake": (pair.options, hello, False), "silence where TLS is spoken": (pair.options, b"", False),
+             "silence after a handshake": (pair.options, None, False)}
     took = {}
     for what, (options, text, asked) in cases.items():
         tinyauth = lab.tinyauth(*options)
         tinyauth.expect("event=turned_away")
-        clients = [tinyauth.connect(silent=True) for _ in range(3)]
+        clients = [tinyauth.connect(silent=text is not None) for _ in range(3)]
         for client in clients:
             if asked:
                 same(client.ask("GET", "/t/echo").status, 200, "the first request")
-            client.send(text)
+            client.send(text or b"")
         same(tinyauth.ask("GET", "/t/echo").status, 200, "another one")     # by then those were taken
         took[what] = stop_takes(tinyauth)
         lab.things.remove(tinyauth)
@@ -1000,6 +1062,9 @@ def test_stop_lets_those_who_asked_have_their_answer(lab):
 
 
 # Ready
+
+FORKS = "?fork,?vfork,?clone,?clone3"
+
 
 def check_no_worker(lab, what, *options, before=(), binary=None, **more):
     """Neither the log nor the service manager hears that it is ready; in a few seconds it ends with 1, and says why."""
@@ -1044,8 +1109,7 @@ def test_not_ready_without_memory(lab):
 
 def test_not_ready_when_fork_fails(lab):
     """Where fork fails each time."""
-    calls = "?fork,?vfork,?clone,?clone3"
-    check_no_worker(lab, "fork that fails", before=["strace", "-o", lab.path("trace"), "-e", f"trace={calls}", "-e", f"inject={calls}:error=ENOMEM"])
+    check_no_worker(lab, "fork that fails", before=failing_calls(lab, FORKS, "ENOMEM"))
 
 
 def test_ready_when_one_can_live(lab):
@@ -1056,9 +1120,7 @@ def test_ready_when_one_can_live(lab):
     assert took < 2, f"ready after {took:.1f} s"
     manager.wait("READY=1")
     same(tinyauth.ask("GET", "/t/echo").status, 200, "status")
-    calls = "?fork,?vfork,?clone,?clone3"
-    late = Server(lab, workers=1, before=["strace", "-o", lab.path("trace"), "-e", f"trace={calls}", "-e", f"inject={calls}:error=EAGAIN:when=1..1"],
-                  wait=False)
+    late = Server(lab, workers=1, before=failing_calls(lab, FORKS, "EAGAIN", ":when=1..1"), wait=False)
     late.expect("event=worker_missing")
     until(lambda: late.events("ready"), "event=ready", 10)
     names = [record["event"] for record in late.records() if record.get("event") in ("worker_missing", "worker_started", "ready")]
@@ -1280,19 +1342,24 @@ def test_look_up_holds_nothing(lab):
         refused = socket.create_server(("127.0.0.1", 0))
         port = refused.getsockname()[1]
         refused.close()
-    tinyauth = serve_home(lab, home, before=[*with_names(lab), sys.executable, "-c", LEAK, lab.path("foreign")],
+    pair = self_signed(lab.directory)
+    encoded = subprocess.run(["openssl", "pkey", "-in", pair.options[-1], "-outform", "DER"], capture_output=True, check=True).stdout
+    private = re.search(rb"\x04\x20(.{32})", encoded, re.S)[1]
+    tinyauth = serve_home(lab, home, *pair.options, before=[*with_names(lab), sys.executable, "-c", LEAK, lab.path("foreign")],
                           upstream=f"models.test:{port}", keys=KEYS + many_keys(100, False))
+    tinyauth.secure = {tinyauth.address[1]}
+    Secure.ports |= tinyauth.secure
     workers = tinyauth.workers()
+    assert holds(workers[0], private), "the private key is found nowhere: this shows nothing"
     names.answers[A] = SILENCE              # so that the next one takes its time
-    with home.inside():
-        same(tinyauth.ask("GET", "/").status, 502, "status")
+    same(begin(tinyauth, home, "/").read().status, 502, "status")
     pid, = until(lambda: set(tinyauth.workers()) - set(workers), "the child that looks up the name", 10)
     until(lambda: len(names.asked) > 2, "its question")
     found = owned(pid)
     same((sum(count for link, count in found.items() if link.startswith("pipe:")), {link for link in found if not link.startswith("pipe:")}),
          (1, {"socket"}), "its descriptors: where it answers, and what it asks with")
     same([name for _, _, flags, name in mappings(pid) if "tinyauth" in name and "memfd" in name], [], "its shared mappings")
-    same(holds(pid, PLAIN), [], "plain keys in its memory")
+    same((holds(pid, PLAIN), holds(pid, private)), ([], []), "plain keys and the private key in its memory")
 
 
 @alone
