@@ -150,7 +150,7 @@ cert:
 test-clients: tinyauth
 	sh tests/clients/run.sh
 
-# N mutated requests, made from SEED, read by the parsers of five servers.
+# N mutated requests, made from SEED, read by the parsers of five servers; then servers that leave bodies unread.
 N ?= 20000
 SEED ?= 1
 test-diff: tinyauth

@@ -1407,6 +1407,8 @@ log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn
 	log_number(log, &o, "status", r->status);
 	if (why[0] != '\0')
 		log_text(log, &o, "reason", why);
+	if (r->why != NULL)
+		log_text(log, &o, "what", r->why);
 	log_number(log, &o, "in", r->in + c->req.in);
 	log_number(log, &o, "out", c->resp.out);
 	if (r->first_ns != 0)
@@ -2017,7 +2019,7 @@ config_read(struct config *cfg, char *const *argv, char **words, size_t max, boo
 	struct mistake why;
 	char variable[VARIABLE_MAX];
 
-	*cfg = (struct config){.linger_ms = LINGER_MS, .reader_ms = READER_MS, .handshake_ms = HANDSHAKE_MS};
+	*cfg = (struct config){.linger_ms = LINGER_PAUSE_MS, .reader_ms = READER_MS, .handshake_ms = HANDSHAKE_MS};
 	*usage = true;
 	for (int i = 0; argv[i] != NULL; i++) {
 		if (argv[i][0] != '-' && max > 0) {
@@ -2951,16 +2953,18 @@ is_class(char c, int class)
 /* Names that mean something to us, in the order of their first letters; those that end in `-` are prefixes. */
 static const struct field_name {
 	uint8_t id, n;
-	char name[20];
+	char name[22];
 } FIELD_NAMES[] = {
 #define NAME(text, id) {id, sizeof(text) - 1, text}
-	NAME("authorization", F_AUTHORIZATION), NAME("api-key", F_API_KEY), NAME("connection", F_CONNECTION),
-	NAME("content-length", F_CONTENT_LENGTH), NAME("expect", F_EXPECT), NAME("forwarded", F_FORWARDED), NAME("host", F_HOST),
-	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("proxy-", F_HOP),
+	NAME("authorization", F_AUTHORIZATION), NAME("api-key", F_API_KEY), NAME("anthropic-version", F_ANTHROPIC_VERSION),
+	NAME("connection", F_CONNECTION), NAME("content-length", F_CONTENT_LENGTH), NAME("content-type", F_CONTENT_TYPE),
+	NAME("content-location", F_LOCATION), NAME("expect", F_EXPECT), NAME("forwarded", F_FORWARDED), NAME("host", F_HOST),
+	NAME("http2-settings", F_HOP), NAME("keep-alive", F_HOP), NAME("location", F_LOCATION), NAME("origin", F_ORIGIN),
+	NAME("proxy-", F_HOP), NAME("sec-fetch-mode", F_SEC_FETCH_MODE), {F_WS_PROTOCOL, 22, "sec-websocket-protocol"},
 	NAME("te", F_HOP), NAME("trailer", F_HOP), NAME("transfer-encoding", F_TRANSFER_ENCODING),
 	NAME("true-client-ip", F_FORWARDED), NAME("upgrade", F_UPGRADE), NAME("x-api-key", F_X_API_KEY),
 	NAME("x-client-ip", F_FORWARDED), NAME("x-cluster-client-ip", F_FORWARDED), NAME("x-forwarded-", F_FORWARDED),
-	NAME("x-real-ip", F_FORWARDED), NAME("x-request-id", F_X_REQUEST_ID),
+	NAME("x-real-ip", F_FORWARDED), NAME("x-request-id", F_X_REQUEST_ID), NAME("x-accel-buffering", F_X_ACCEL_BUFFERING),
 #undef NAME
 };
 
@@ -3487,6 +3491,15 @@ field_request(struct head *h, const struct field *f)
 	case F_X_REQUEST_ID:
 		h->request_id = f->value;
 		return 1;
+	case F_ANTHROPIC_VERSION:
+		h->anthropic = true;
+		return 1;
+	case F_SEC_FETCH_MODE:
+		h->page = !slice_like(f->value, S("navigate"));
+		return 1;
+	case F_WS_PROTOCOL:
+		h->ws_protocol = f->value;
+		return 1;
 	default:
 		return 1;
 	}
@@ -3504,6 +3517,12 @@ field_response(struct head *h, const struct field *f)
 		return field_connection(h, f->value);
 	case F_UPGRADE:
 		h->upgrade_websocket = slice_like(f->value, S("websocket"));
+		return 1;
+	case F_CONTENT_TYPE:
+		h->streams = slice_starts_like(f->value, S("text/event-stream")) || slice_starts_like(f->value, S("application/x-ndjson"));
+		return 1;
+	case F_X_ACCEL_BUFFERING:
+		h->accel = true;
 		return 1;
 	default:
 		return 1;
@@ -3612,7 +3631,7 @@ head_body(const struct head *h)
 
 /* Where a chunked body stands. [r19] */
 enum chunk_state {
-	K_SIZE, K_EXT_NAME_FIRST, K_EXT_NAME, K_EXT_VALUE_FIRST, K_EXT_VALUE, K_EXT_QUOTED, K_EXT_ESCAPED, K_EXT_QUOTED_END,
+	K_SIZE, K_EXT_NAME_FIRST, K_EXT_NAME, K_EXT_VALUE_FIRST, K_EXT_VALUE, K_EXT_QUOTED, K_EXT_ESCAPED, K_EXT_QUOTED_END, K_BLANK,
 	K_SIZE_LF, K_DATA, K_DATA_CR, K_DATA_LF,
 	K_TRAILER_FIRST, K_TRAILER_NAME, K_TRAILER_VALUE, K_TRAILER_LF, K_END_LF,
 	K_BROKEN
@@ -3638,6 +3657,20 @@ chunk_owed(const struct body *b)
 	return hex_write(line, b->left) + (b->state == K_SIZE_LF);
 }
 
+/* A blank in the chunk line of an answer: behind the size, and around the `;` and `=` of extensions. [r26] */
+static bool
+chunk_line_blank(struct body *b)
+{
+	bool waits = b->state == K_EXT_NAME_FIRST || b->state == K_EXT_VALUE_FIRST;
+
+	if (!waits && b->state != K_BLANK && b->state != K_EXT_NAME && b->state != K_EXT_VALUE && b->state != K_EXT_QUOTED_END &&
+	    !(b->state == K_SIZE && b->digits > 0))
+		return false;
+	if (!waits)
+		b->state = K_BLANK;
+	return true;
+}
+
 /* One byte of a chunk line: size and extensions. False: it must not be there. */
 static bool
 chunk_line_byte(struct body *b, char c)
@@ -3645,8 +3678,11 @@ chunk_line_byte(struct body *b, char c)
 	static const uint8_t QUOTED = K_EXT_QUOTED;
 	int digit;
 
-	if (b->state != K_SIZE && b->state != K_SIZE_LF && (++b->ext > CHUNK_EXT_MAX || ++b->ext_body > CHUNK_EXT_BODY_MAX))
+	if (b->state != K_SIZE && b->state != K_SIZE_LF &&
+	    (++b->ext > CHUNK_EXT_MAX || (!b->answer && ++b->ext_body > CHUNK_EXT_BODY_MAX)))
 		return false;
+	if (b->answer && (c == ' ' || c == '\t') && chunk_line_blank(b))
+		return true;
 	switch (b->state) {
 	case K_SIZE:
 		if ((digit = hex_value(c)) >= 0) {
@@ -3673,7 +3709,8 @@ chunk_line_byte(struct body *b, char c)
 			return true;
 		/* fall through */
 	case K_EXT_QUOTED_END:
-		if (c == '=' && b->state == K_EXT_NAME)
+	case K_BLANK:
+		if (c == '=' && (b->state == K_EXT_NAME || (b->state == K_BLANK && b->ext > 1)))
 			b->state = K_EXT_VALUE_FIRST;
 		else
 			b->state = c == ';' ? K_EXT_NAME_FIRST : K_SIZE_LF;
@@ -3881,7 +3918,31 @@ struct forward {
 static bool
 head_passes(const struct head *h, const struct field *f)
 {
-	return f->id == F_OTHER && !head_option_names(h, f->name);
+	return (f->id <= F_PASSED || f->id == F_WS_PROTOCOL || (f->id == F_ORIGIN && h->upgrade_websocket)) &&
+	       !head_option_names(h, f->name);
+}
+
+/* A browser can give its key nowhere else. */
+static const struct slice PROTOCOL_KEY = {"openai-insecure-api-key.", 24};
+
+/* The protocols that a WebSocket offers, without those that are a key, or were: it may be wiped already. */
+static void
+put_protocols(struct out *o, const struct field *f)
+{
+	struct slice list = f->value, one;
+	bool first = true;
+
+	while (list_next(&list, &one)) {
+		if (one.n == 0 || one.p[0] == '\0' || slice_starts_like(one, PROTOCOL_KEY))
+			continue;
+		if (first)
+			out_slice(o, f->name);
+		out_text(o, first ? ": " : ", ");
+		out_slice(o, one);
+		first = false;
+	}
+	if (!first)
+		out_text(o, "\r\n");
 }
 
 static bool
@@ -3947,7 +4008,11 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 	put_field(o, S("Host"), to->host);
 	for (unsigned i = 0; i < h->fields; i++) {
 		const struct field *f = &h->field[i];
-		if (head_passes(h, f))
+		if (!head_passes(h, f))
+			continue;
+		if (f->id == F_WS_PROTOCOL)
+			put_protocols(o, f);
+		else
 			put_field(o, f->name, f->value);
 	}
 	if (h->chunked)
@@ -3970,7 +4035,7 @@ head_rewrite(const struct head *h, const struct forward *to, struct out *o)
 static struct body
 answer_body(const struct head *h, bool head_method)
 {
-	struct body b = {.kind = BODY_CLOSE};
+	struct body b = {.kind = BODY_CLOSE, .answer = true};
 
 	if (head_method || h->status < 200 || h->status == 204 || h->status == 304)
 		b.kind = BODY_NONE;
@@ -4007,10 +4072,34 @@ answer_framing(const struct head *h, const struct body *b, uint8_t client_minor,
 		put_length(o, h->length);
 }
 
-/* Writes a response head anew for the client; `connection` is what Connection tells, or empty. [r29] */
+/* What we tell the client besides what the upstream says. */
+struct backward {
+	uint8_t minor;               /* of the client's HTTP/1 */
+	struct slice connection;     /* what Connection says, or empty */
+	struct slice id;             /* X-Request-Id */
+	struct slice host;           /* the upstream's own Host, by which it may name itself */
+};
+
+/* A place on the upstream is a place here: without scheme and authority it is where the client asked. Others pass. [RFC 9110 10.2.2] */
 static void
-answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor, struct slice connection, struct slice id,
-    struct out *o)
+put_location(struct out *o, struct slice name, struct slice value, struct slice host)
+{
+	struct slice rest = slice_from(value, target_scheme(value));
+
+	if (rest.n == value.n || !slice_starts_like(rest, host) || (rest.n > host.n && strchr("/?#", rest.p[host.n]) == NULL)) {
+		put_field(o, name, value);
+		return;
+	}
+	rest = slice_from(rest, host.n);
+	out_slice(o, name);
+	out_text(o, rest.n > 0 && rest.p[0] == '/' ? ": " : ": /");
+	out_slice(o, rest);
+	out_text(o, "\r\n");
+}
+
+/* Writes a response head anew for the client. [r29] */
+static void
+answer_rewrite(const struct head *h, const struct body *b, const struct backward *to, struct out *o)
 {
 	out_text(o, "HTTP/1.1 ");
 	out_number(o, (uint64_t)h->status);
@@ -4021,16 +4110,22 @@ answer_rewrite(const struct head *h, const struct body *b, uint8_t client_minor,
 		const struct field *f = &h->field[i];
 		bool ours = f->id == F_HOP || f->id == F_CONTENT_LENGTH || f->id == F_TRANSFER_ENCODING ||
 		            f->id == F_CONNECTION || f->id == F_UPGRADE || f->id == F_X_REQUEST_ID;
-		if (!ours && !head_option_names(h, f->name))
+		if (ours || head_option_names(h, f->name))
+			continue;
+		if (f->id == F_LOCATION)
+			put_location(o, f->name, f->value, to->host);
+		else
 			put_field(o, f->name, f->value);
 	}
-	answer_framing(h, b, client_minor, o);
+	if (h->streams && !h->accel && h->status == 200)   /* an nginx in front of us does not hold it then */
+		put_field(o, S("X-Accel-Buffering"), S("no"));
+	answer_framing(h, b, to->minor, o);
 	if (h->status == 101)
 		out_text(o, "Upgrade: websocket\r\n");
-	if (connection.n > 0)
-		put_field(o, S("Connection"), connection);
+	if (to->connection.n > 0)
+		put_field(o, S("Connection"), to->connection);
 	if (h->status >= 200 || h->status == 101)
-		put_field(o, S("X-Request-Id"), id);
+		put_field(o, S("X-Request-Id"), to->id);
 	out_bytes(o, "\r\n", 2);
 }
 
@@ -4052,7 +4147,7 @@ static const struct reason_row {
 	[R_BAD_BODY] = {400, "bad_body", "bad_request", "invalid_request_error", "invalid_request_error",
 	    "bad request: the chunked body is malformed"},
 	[R_NO_KEY] = {401, "no_key", "invalid_api_key", "invalid_request_error", "authentication_error",
-	    "no API key: send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"},
+	    "no API key: send it in the field Authorization, behind Bearer, or in the field X-Api-Key"},
 	[R_BAD_KEY] = {401, "bad_key", "invalid_api_key", "invalid_request_error", "authentication_error", "invalid API key"},
 	[R_KEY_OFF] = {401, "key_off", "invalid_api_key", "invalid_request_error", "authentication_error",
 	    "this API key is switched off"},
@@ -4082,7 +4177,7 @@ static const struct reason_row {
 	[R_UPSTREAM_CLOSED] = {502, "upstream_closed", "bad_gateway", "server_error", "api_error",
 	    "the model server at % closed the connection without an answer: look at its log, then try again"},
 	[R_UPSTREAM_BAD] = {502, "upstream_bad", "bad_gateway", "server_error", "api_error",
-	    "the model server at % did not answer in HTTP/1.1: look whether --upstream names the right port"},
+	    "the model server at %; look whether --upstream names the right port"},
 	[R_UPSTREAM_TIMEOUT] = {504, "upstream_timeout", "gateway_timeout", "server_error", "api_error",
 	    "the model server at % did not answer in time: look at its load, or raise --first-byte-timeout"},
 	[R_UPSTREAM_CUT] = {502, "upstream_cut", "", "", "", ""},
@@ -4170,7 +4265,10 @@ error_body(const struct reason_row *row, enum dialect dialect, struct slice deta
 		break;
 	case DIALECT_OPENAI:
 		out_text(o, "{\"error\":{\"message\":\"");
-		error_message(row, detail, o);
+		if (row == &REASONS[R_BAD_KEY])      /* the words by which LiteLLM and aider know it */
+			out_text(o, "Incorrect API key provided: no key of this server");
+		else
+			error_message(row, detail, o);
 		out_text(o, "\",\"type\":\"");
 		out_text(o, row->type);
 		out_text(o, "\",\"param\":null,\"code\":\"");
@@ -4184,6 +4282,8 @@ error_body(const struct reason_row *row, enum dialect dialect, struct slice deta
 static enum dialect
 head_dialect(const struct head *h)
 {
+	if (h->anthropic)
+		return DIALECT_ANTHROPIC;
 	if (path_matches(h, S("/api/*")))
 		return DIALECT_OLLAMA;
 	return path_matches(h, S("/v1/messages*")) ? DIALECT_ANTHROPIC : DIALECT_OPENAI;
@@ -4196,9 +4296,23 @@ struct verdict {
 	struct slice detail, id;
 	uint64_t retry_ms;           /* 0: no Retry-After */
 	bool head_method, close, keep_alive;   /* keep_alive: an HTTP/1.0 client wants to hear it */
+	bool page;                   /* as in struct head: its browser is not to ask its user for a password */
 };
 
-/* A whole answer of our own: head and body. Waits of a minute and more are not told to be retried: clients would hang. */
+/* Would the same request fare no better? Clients repeat many a status by themselves, some for minutes and without a word. After a 504 a
+ * repeat would be another expensive generation, and a longer wait would seem to hang. */
+static bool
+verdict_final(const struct verdict *v)
+{
+	static const uint16_t FINAL[] = {400, 401, 405, 414, 417, 431, 501, 504, 505};
+
+	for (size_t i = 0; i < LENGTH(FINAL); i++)
+		if (REASONS[v->reason].status == FINAL[i])
+			return true;
+	return v->reason == R_UPSTREAM_BAD || v->retry_ms > RETRY_MS_MAX;
+}
+
+/* A whole answer of our own: head and body. */
 static void
 answer_own(const struct verdict *v, struct out *o)
 {
@@ -4217,6 +4331,8 @@ answer_own(const struct verdict *v, struct out *o)
 	out_text(o, v->reason == R_HEALTH ? "\r\nContent-Type: text/plain\r\n" : "\r\nContent-Type: application/json\r\n");
 	if (row->status == 401)
 		out_text(o, "WWW-Authenticate: Bearer\r\n");
+	if (row->status == 401 && !v->page)  /* some clients send a password only when they are asked for one */
+		out_text(o, "WWW-Authenticate: Basic realm=\"tinyauth\"\r\n");
 	if (row->status == 405)
 		out_text(o, "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n");
 	if (v->retry_ms > 0) {
@@ -4226,7 +4342,7 @@ answer_own(const struct verdict *v, struct out *o)
 		out_number(o, v->retry_ms);
 		out_text(o, "\r\n");
 	}
-	if (row->status == 504 || v->retry_ms >= 60000)
+	if (verdict_final(v))
 		out_text(o, "x-should-retry: false\r\n");
 	put_field(o, S("X-Request-Id"), v->id);
 	if (v->close)
@@ -4414,7 +4530,7 @@ credential_after(struct slice value, struct slice scheme, struct slice *key)
 	return true;
 }
 
-/* The password of Basic credentials, decoded in place: the field is not sent on. */
+/* The password of Basic credentials, or where that is empty the user; decoded in place: the field is not sent on. */
 static struct slice
 credential_basic(struct slice encoded)
 {
@@ -4423,25 +4539,39 @@ credential_basic(struct slice encoded)
 
 	if (n == 0 || !base64_decode(p, &n) || (colon = memchr(p, ':', n)) == NULL)
 		return encoded;
+	if (colon + 1 == p + n)
+		return (struct slice){p, n - 1};
 	return (struct slice){colon + 1, n - (size_t)(colon + 1 - p)};
 }
 
-/* The key that a request carries: Authorization: Bearer, else X-Api-Key, else Api-Key, else Basic's password. Empty ones
- * are passed over; an empty slice: there is none. */
+/* The key among the protocols that a WebSocket offers, or nothing. */
 static struct slice
-head_credential(const struct head *h)
+credential_protocol(const struct head *h)
 {
-	struct slice key = {"", 0};
+	struct slice list = h->ws_protocol, one;
 
-	if (credential_after(h->authorization, S("Bearer"), &key) && key.n > 0)
-		return key;
-	if (h->x_api_key.n > 0)
-		return h->x_api_key;
-	if (h->api_key.n > 0)
-		return h->api_key;
-	if (credential_after(h->authorization, S("Basic"), &key))
-		return credential_basic(key);
+	while (head_upgrades(h) && list_next(&list, &one))
+		if (slice_starts_like(one, PROTOCOL_KEY))
+			return slice_from(one, PROTOCOL_KEY.n);
 	return (struct slice){"", 0};
+}
+
+enum { CREDENTIALS_MAX = 5 };
+
+/* The keys that a request carries, in the order in which they are tried: Authorization: Bearer, X-Api-Key, Api-Key, Basic, a
+ * WebSocket's protocol. A client may send another's Bearer beside our key. Empty ones are passed over. */
+static size_t
+head_credentials(const struct head *h, struct slice list[CREDENTIALS_MAX])
+{
+	struct slice basic = {"", 0}, all[CREDENTIALS_MAX] = {{"", 0}, h->x_api_key, h->api_key, {"", 0}, credential_protocol(h)};
+	size_t n = 0;
+
+	if (!credential_after(h->authorization, S("Bearer"), &all[0]) && credential_after(h->authorization, S("Basic"), &basic))
+		all[3] = credential_basic(basic);
+	for (size_t i = 0; i < CREDENTIALS_MAX; i++)
+		if (all[i].n > 0)
+			list[n++] = all[i];
+	return n;
 }
 
 /* ============================================================================================================= *
@@ -5918,6 +6048,8 @@ conn_touch(struct worker *w, struct conn *c)
 	if (c->state == S_RELAY && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
+	if (c->state == S_LINGER)
+		conn_hasten(c, c->linger_ns);
 	if (w->stopping && c->request == NULL)
 		conn_hasten(c, w->now_ns + (c->state == S_IDLE ? STOP_IDLE_MS : STOP_HALF_MS) * NS_PER_MS);
 	if (c->state == S_CONNECT)
@@ -5955,6 +6087,8 @@ static void
 conn_enter(struct worker *w, struct conn *c, enum state state)
 {
 	c->state = (uint8_t)state;
+	if (state == S_LINGER)
+		c->linger_ns = w->now_ns + LINGER_MS * NS_PER_MS;
 	conn_touch(w, c);
 	waiting_remove(c);
 	if (!STATES[state].gives_way)
@@ -6080,6 +6214,7 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 		memcpy(r->path, h->path.p, r->path_len);
 	request_id(w, r, h->request_id);
 	r->head_method = slice_equal(h->method, S("HEAD"));
+	r->page = h->page;
 
 	c->req.body = head_body(h);
 	r->close = h->close || (h->minor == 0 && !h->keep_alive) || w->draining;
@@ -6193,7 +6328,7 @@ conn_refuse(struct worker *w, struct conn *c, enum reason reason)
 	out_number(&wait, (r->retry_ms + 999) / 1000);
 	struct verdict v = {.reason = reason, .dialect = r->dialect, .id = {r->id, r->id_len}, .retry_ms = r->retry_ms,
 	    .detail = r->detail != NULL ? slice_of(r->detail) : (struct slice){seconds, wait.n},
-	    .head_method = r->head_method, .close = r->close, .keep_alive = r->minor == 0};
+	    .head_method = r->head_method, .close = r->close, .keep_alive = r->minor == 0, .page = r->page};
 	pipe_drop(w, &c->resp);
 	struct out o = pipe_build(w, &c->resp);
 	answer_own(&v, &o);
@@ -6211,6 +6346,22 @@ conn_refuse_upstream(struct worker *w, struct conn *c, enum reason reason)
 	return conn_refuse(w, c, reason);
 }
 
+/* Refuses because the upstream's answer cannot be taken; `why` is constant text. */
+static enum step
+conn_refuse_answer(struct worker *w, struct conn *c, const char *why)
+{
+	char text[sizeof config.upstream.text + 128];
+
+	conn_leave_upstream(c);
+	text_print(text, sizeof text, "%s did not answer in HTTP/1.1: %s", config.upstream.text, why);
+	c->request->why = why;
+	c->request->detail = text;
+	enum step step = conn_refuse(w, c, R_UPSTREAM_BAD);
+	if (c->request != NULL)
+		c->request->detail = NULL;
+	return step;
+}
+
 static enum step
 step_flush(struct worker *w, struct conn *c)
 {
@@ -6224,7 +6375,8 @@ step_flush(struct worker *w, struct conn *c)
 	return flushed < 0 ? STEP_CLOSE : request_next(w, c, close_it);
 }
 
-/* Reads on for a while, so that what the client still sends does not reset the connection under our answer. */
+/* Reads on while something comes, so that what the client still sends does not reset the connection under our answer: many look for
+ * one only when they have sent all. */
 static enum step
 step_linger(struct worker *w, struct conn *c)
 {
@@ -6242,28 +6394,35 @@ step_linger(struct worker *w, struct conn *c)
 		wipe(waste, n > 0 ? (size_t)n : 0);
 		if (n == LINK_AGAIN)
 			return STEP_WAIT;
-		if (n <= 0 || (c->lingered += (uint64_t)n) > LINGER_BYTES)
+		if (n <= 0)
 			return STEP_CLOSE;
+		conn_touch(w, c);
 	}
 	return STEP_WAIT;
 }
 
 /* ---- admission ----------------------------------------------------------------------------------------------- */
 
-/* Finds the key that a request carries. The credential is wiped where it stands: nothing needs it any more. */
+/* Finds the key that a request carries: the first that is one. Credentials are wiped where they stand: nothing needs them any
+ * more. */
 static enum reason
 conn_authenticate(struct worker *w, struct conn *c)
 {
 	const struct head *h = &w->head;
-	struct slice secret = head_credential(h), worn[] = {h->authorization, h->x_api_key, h->api_key};
-	enum reason reason = secret.n == 0 ? R_NO_KEY : R_BAD_KEY;
+	struct slice secret[CREDENTIALS_MAX], worn[] = {h->authorization, h->x_api_key, h->api_key, {"", 0}};
+	size_t n = head_credentials(h, secret);
+	enum reason reason = n == 0 ? R_NO_KEY : R_BAD_KEY;
 	unsigned char digest[32];
 
-	if (secret.n > 0 && secret.n <= SECRET_MAX) {
-		sha256_of(secret, digest);
+	for (size_t i = 0; i < n && reason != R_NONE; i++) {
+		if (secret[i].n > SECRET_MAX)
+			continue;
+		sha256_of(secret[i], digest);
 		if (keys_find(w->keys, digest, &c->request->key))
-			reason = R_NONE;
+			reason = c->request->key.flags & KEY_OFF ? R_KEY_OFF : R_NONE;
 	}
+	if (h->ws_protocol.n > 0)
+		worn[3] = credential_protocol(h);
 	for (size_t i = 0; i < LENGTH(worn); i++)
 		if (worn[i].n > 0)
 			wipe((char *)(uintptr_t)worn[i].p, worn[i].n);
@@ -6308,8 +6467,6 @@ conn_admit(struct worker *w, struct conn *c)
 	}
 	if (reason != R_NONE)
 		return reason;
-	if (r->key.flags & KEY_OFF)
-		return R_KEY_OFF;
 	/* expiry, addresses, route, model, key rate, in-flight, tokens */
 	int status = head_unsafe(&w->head);
 	if (status == 0)
@@ -6636,12 +6793,13 @@ relay_interim(struct worker *w, struct conn *c)
 	struct request *r = c->request;
 
 	if (++r->interim > INTERIM_MAX)
-		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+		return conn_refuse_answer(w, c, "more than 100 interim answers");
 	if (r->minor == 0 || r->interim > INTERIM_RELAYED_MAX)
 		return STEP_AGAIN;
 	struct out o = pipe_build(w, &c->resp);
 	struct body none = {.kind = BODY_NONE};
-	answer_rewrite(&w->head, &none, r->minor, S(""), S(""), &o);
+	struct backward to = {.minor = r->minor, .host = slice_of(config.upstream.host)};
+	answer_rewrite(&w->head, &none, &to, &o);
 	pipe_built(w, &c->resp, &o);
 	return STEP_AGAIN;
 }
@@ -6653,12 +6811,15 @@ relay_tunnel(struct worker *w, struct conn *c)
 	struct out o = pipe_build(w, &c->resp);
 	struct body bytes = {.kind = BODY_CLOSE, .form = FORM_PLAIN};
 
+	struct backward to = {.minor = r->minor, .connection = S("upgrade"), .id = {r->id, r->id_len},
+	    .host = slice_of(config.upstream.host)};
+
 	if (!r->upgrade || !w->head.upgrade_websocket || !w->head.option_upgrade)
-		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+		return conn_refuse_answer(w, c, "a 101 that nobody asked for");
 	r->status = 101;
 	r->first_ns = w->now_ns;
 	r->close = true;
-	answer_rewrite(&w->head, &bytes, r->minor, S("upgrade"), (struct slice){r->id, r->id_len}, &o);
+	answer_rewrite(&w->head, &bytes, &to, &o);
 	pipe_built(w, &c->resp, &o);
 	c->req.body = c->resp.body = bytes;
 	conn_enter(w, c, S_TUNNEL);
@@ -6680,10 +6841,11 @@ relay_final(struct worker *w, struct conn *c)
 	/* an answer that comes before the request's body is whole ends both connections [r30] */
 	if (!c->req.body.done || w->draining || (r->minor == 0 && (b.kind == BODY_CLOSE || b.kind == BODY_CHUNKED)))
 		r->close = true;
-	struct slice connection = r->close ? S("close") : r->minor == 0 ? S("keep-alive") : S("");
-	answer_rewrite(h, &b, r->minor, connection, (struct slice){r->id, r->id_len}, &o);
+	struct backward to = {.minor = r->minor, .connection = r->close ? S("close") : r->minor == 0 ? S("keep-alive") : S(""),
+	    .id = {r->id, r->id_len}, .host = slice_of(config.upstream.host)};
+	answer_rewrite(h, &b, &to, &o);
 	if (o.full)
-		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+		return conn_refuse_answer(w, c, "a head that is too long to be passed on");
 	pipe_built(w, &c->resp, &o);
 	c->resp.body = b;
 	conn_enter(w, c, S_RELAY);
@@ -6715,7 +6877,7 @@ relay_answer_head(struct worker *w, struct conn *c)
 	if (n == MORE)
 		return STEP_WAIT;
 	if (n < 0)
-		return conn_refuse_upstream(w, c, R_UPSTREAM_BAD);
+		return conn_refuse_answer(w, c, w->head.why);
 	c->resp.raw += (uint32_t)n;
 	if (w->head.status == 101)
 		return relay_tunnel(w, c);
@@ -8933,6 +9095,14 @@ supervisor_generation(struct supervisor *s)
 		supervisor_spawn(s, (int)slot);
 }
 
+/* The generation that an operation made due, now that the operation is over and nothing of it lies about. */
+static void
+supervisor_follow(struct supervisor *s)
+{
+	if (s->due)
+		supervisor_generation(s);
+}
+
 /* When the slot of a worker that died is filled again. */
 static void
 supervisor_replace(struct supervisor *s, const struct child *child)
@@ -9107,7 +9277,9 @@ supervisor_reload_keys(struct supervisor *s)
 {
 	struct complaints bad = {.to = STDERR_FILENO, .hasty = true, .file = config.keys != NULL ? config.keys : "TINYAUTH_KEY"};
 
-	if (supervisor_publish(s, &bad))
+	bool good = supervisor_publish(s, &bad);
+	supervisor_follow(s);                /* workers that know all of them, before that is told */
+	if (good)
 		log_keys_published(s->log, supervisor_keys(s));
 	else
 		log_keys_refused(s->log, bad.file, bad.n);
@@ -9657,14 +9829,6 @@ supervisor_wait(struct supervisor *s)
 	if (ppoll(first, n, &time, &none) > 0)
 		signal_child = 1;            /* it may have ended instead, and a descriptor that is ready keeps signals waiting */
 	s->now_ns = clock_ns();
-}
-
-/* The generation that an operation made due, now that the operation is over and nothing of it lies about. */
-static void
-supervisor_follow(struct supervisor *s)
-{
-	if (s->due)
-		supervisor_generation(s);
 }
 
 /* The first worker serves: so does the server. */

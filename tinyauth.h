@@ -71,6 +71,8 @@ enum {
 	ROWS_PER_WORKER = 8,         /* rows of open connections: a worker that serves, and generations that drain; a worker that
 	                              * finds none goes uncounted by --ip-conns */
 
+	RETRY_MS_MAX = 30000,        /* clients are not told to wait longer than this: to their users they would seem to hang */
+
 	STRETCH_MS = 30000,          /* a request body is looked at over so long */
 	STRETCH_BYTES = 30 << 10,    /* and cut when fewer bytes came */
 
@@ -101,8 +103,8 @@ enum {
 	ACCEPTS_MAX = 16,            /* connections taken from one listener in a turn */
 	POLL_MANY = 32,              /* connections in a worker beyond which all wait in its epoll set */
 
-	LINGER_MS = 2000,            /* how long a closing connection is read on, so that our answer is not lost to a reset */
-	LINGER_BYTES = 8 << 20,      /* and how many bytes of it */
+	LINGER_MS = 30000,           /* how long a closing connection is read on, so that our answer is not lost to a reset, */
+	LINGER_PAUSE_MS = 5000,      /* and the longest pause meanwhile */
 	UPSTREAM_END_MS = 1000,      /* after a whole answer: for the upstream to end its connection; then we do */
 	READER_MS = 55000,           /* how long bytes wait for a client that reads nothing; less than GONE_MS, which would end it, too */
 	GONE_MS = 57000,             /* a peer that vanished without a word is known after so long: bytes unacknowledged, or */
@@ -166,11 +168,16 @@ struct addr {
 /* Fields that we act upon. The groups say what a rewriting does with the rest. */
 enum field_id {
 	F_OTHER,                     /* passed on */
+	F_ANTHROPIC_VERSION, F_SEC_FETCH_MODE, F_CONTENT_TYPE, F_X_ACCEL_BUFFERING,
+	F_LOCATION,                  /* and Content-Location */
+	F_PASSED = F_LOCATION,       /* up to here passed on, and looked at */
 	F_HOP,                       /* hop-by-hop: dropped both ways [RFC 9110 7.6.1] */
 	F_FORWARDED,                 /* says who the client is: dropped from a request, passed in a response */
 	F_UNDERSCORE,                /* `_` in the name: dropped from a request, passed in a response */
 	F_HOST, F_CONTENT_LENGTH, F_TRANSFER_ENCODING, F_CONNECTION, F_AUTHORIZATION, F_X_API_KEY, F_API_KEY,
-	F_EXPECT, F_UPGRADE, F_X_REQUEST_ID
+	F_EXPECT, F_UPGRADE, F_X_REQUEST_ID,
+	F_ORIGIN,                    /* passed with a WebSocket only: a key is stronger than an origin */
+	F_WS_PROTOCOL                /* passed without the key that a browser puts there */
 };
 
 struct field {
@@ -188,6 +195,7 @@ struct head {
 	struct slice option[OPTIONS_NAMED_MAX];  /* connection options */
 	struct slice length_text;    /* Content-Length as it was spelled */
 	struct slice authorization, x_api_key, api_key, request_id;
+	struct slice ws_protocol;    /* the last Sec-WebSocket-Protocol */
 	uint64_t length;             /* Content-Length, when has_length */
 	const char *why;             /* what is wrong, when the parser says no */
 	int status;                  /* response */
@@ -198,6 +206,9 @@ struct head {
 	bool close, keep_alive;      /* connection options */
 	bool option_upgrade, upgrade_websocket;
 	bool expect_continue;
+	bool anthropic;              /* anthropic-version is there */
+	bool page;                   /* a page in a browser asks, not its user */
+	bool streams, accel;         /* response: an event stream or NDJSON; X-Accel-Buffering is there */
 	bool path_odd;               /* matches no rule but "everything": dot segments, `//`, `;`, encoded slashes */
 	bool slash_missing;          /* absolute-form with an empty path: `/` goes before the target */
 };
@@ -211,6 +222,7 @@ struct body {
 	uint16_t ext, ext_body;      /* extension bytes of this chunk, of all chunks */
 	uint16_t trailer;            /* bytes of the trailer section */
 	uint8_t kind, form, state, digits;
+	bool answer;                 /* of a response: blanks are read where RFC 9112 7.1.1 allows them */
 	bool done;                   /* the body is whole; nothing more belongs to it */
 };
 
@@ -372,8 +384,8 @@ struct config {
 	const char *log;             /* path, or NULL: stderr */
 	int log_format;
 	uint64_t header_ms, connect_ms, first_byte_ms, idle_ms, keepalive_ms, drain_ms;
-	uint64_t linger_ms, reader_ms, handshake_ms;  /* not options: LINGER_MS, READER_MS and HANDSHAKE_MS, here because deadlines
-	                              * are looked up here */
+	uint64_t linger_ms, reader_ms, handshake_ms;  /* not options: LINGER_PAUSE_MS, READER_MS and HANDSHAKE_MS, here because
+	                              * deadlines are looked up here */
 };
 
 /* ---- log ----------------------------------------------------------------------------------------------------- */
@@ -446,6 +458,7 @@ struct request {
 	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut */
 	uint64_t stretch_ns, stretch_in;  /* end of this stretch of time; body bytes before it */
 	const char *detail;          /* of the reason: configured or constant text */
+	const char *why;             /* what was wrong with the upstream's answer: constant text, or NULL */
 	uint64_t retry_ms;           /* what Retry-After tells */
 	uint64_t connect_ns;         /* in S_CONNECT: when this address is given up */
 	struct key key;              /* name "" until found */
@@ -461,6 +474,7 @@ struct request {
 	bool expects;                /* asked for 100-continue, with a body to come */
 	bool close;                  /* the client connection ends with this request */
 	bool quiet;                  /* no access line */
+	bool page;                   /* as in struct head */
 	char method[METHOD_MAX];
 	char id[ID_MAX];
 	char path[PATH_KEPT];
@@ -474,7 +488,7 @@ struct conn {
 	struct pipe req, resp;
 	struct request *request;     /* NULL between requests */
 	uint64_t deadline_ns;
-	uint64_t lingered;           /* bytes thrown away while closing */
+	uint64_t linger_ns;          /* when reading on ends, whatever still comes */
 	uint8_t state;
 	bool parked;                 /* watched by epoll instead of being in the poll set */
 	bool again;                  /* it could go on at once, but others come first */

@@ -1261,9 +1261,14 @@ def test_no_key_is_401_in_every_dialect(lab):
     for target in targets:
         answer = tinyauth.ask("GET", target, key=None)
         assert "Authorization" in check_error(answer, 401, target), f"the message names no field: {answer.body}"
-        assert answer.get("WWW-Authenticate").startswith("Bearer"), "no WWW-Authenticate: Bearer"
+        same(answer.all("WWW-Authenticate"), ["Bearer", 'Basic realm="tinyauth"'], "what is offered")
+        same(answer.get("x-should-retry"), "false", "x-should-retry")
+    page = tinyauth.ask("GET", "/v1/models", "Sec-Fetch-Mode: cors", key=None)
+    same(page.all("WWW-Authenticate"), ["Bearer"], "what is offered to a page in a browser")
+    user = tinyauth.ask("GET", "/v1/models", "Sec-Fetch-Mode: navigate", key=None)
+    same(len(user.all("WWW-Authenticate")), 2, "offers to the user of a browser")
     same(tinyauth.ask("GET", "/v1/models", key=None).json()["error"]["code"], "invalid_api_key", "OpenAI code")
-    same({record["reason"] for record in tinyauth.access(len(targets) + 1)}, {"no_key"}, "logged reasons")
+    same({record["reason"] for record in tinyauth.access(len(targets) + 3)}, {"no_key"}, "logged reasons")
     same(model.requests(), [], "what the model saw")
 
 
@@ -1315,13 +1320,18 @@ GOOD_CREDENTIALS = {
     "empty Bearer beside X-Api-Key": ["Authorization: Bearer", f"X-Api-Key: {ALICE}"],
     "empty Authorization beside X-Api-Key": ["Authorization:", f"X-Api-Key: {ALICE}"],
     "empty X-Api-Key beside Api-Key": ["X-Api-Key:", f"Api-Key: {ALICE}"],
-    "Authorization wins": [f"X-Api-Key: {WRONG}", f"Authorization: Bearer {ALICE}"],
-    "X-Api-Key wins over Basic": [basic("any", WRONG), f"X-Api-Key: {ALICE}"],
+    "a wrong X-Api-Key beside Bearer": [f"X-Api-Key: {WRONG}", f"Authorization: Bearer {ALICE}"],
+    "another's Bearer beside X-Api-Key": [f"X-Api-Key: {ALICE}", f"Authorization: Bearer {WRONG}"],
+    "another's Basic beside X-Api-Key": [basic("any", WRONG), f"X-Api-Key: {ALICE}"],
+    "a wrong X-Api-Key beside Basic": [basic("any", ALICE), f"X-Api-Key: {WRONG}"],
+    "a disabled key beside a good one": [f"X-Api-Key: {ALICE}", f"Authorization: Bearer {CAROL}"],
+    "the user of Basic": [basic(ALICE, "")],
+    "a WebSocket's protocol": [*UPGRADE, f"Sec-WebSocket-Protocol: realtime, openai-insecure-api-key.{ALICE}"],
 }
 
 BAD_CREDENTIALS = {
-    "Authorization wins": [f"X-Api-Key: {ALICE}", f"Authorization: Bearer {WRONG}"],
-    "X-Api-Key wins over Basic": [basic("any", ALICE), f"X-Api-Key: {WRONG}"],
+    "several, none of them a key": [f"X-Api-Key: {WRONG}", "Api-Key: x", f"Authorization: Bearer {WRONG}"],
+    "a disabled key beside a wrong one": [f"X-Api-Key: {CAROL}", f"Authorization: Bearer {WRONG}"],
     "a prefix": [f"Authorization: Bearer {ALICE[:-1]}"],
     "a longer one": [f"Authorization: Bearer {ALICE}x"],
     "another case": [f"Authorization: Bearer {ALICE.upper()}"],
@@ -1333,7 +1343,7 @@ BAD_CREDENTIALS = {
     "no scheme": [f"Authorization: {ALICE}"],
     "another scheme": [f"Authorization: Token {ALICE}"],
     "glued scheme": [f"Authorization: Bearer{ALICE}"],
-    "the user of Basic": [basic(ALICE, "")],
+    "the user of Basic beside a password": [basic(ALICE, "x")],
     "Basic, no colon": ["Authorization: Basic " + base64.b64encode(ALICE.encode()).decode()],
     "Basic, not base64": [f"Authorization: Basic {ALICE}"],
     "Basic, prefix": [basic("any", ALICE[:-1])],
@@ -1349,7 +1359,33 @@ def test_good_credentials(lab):
     """Every form in which a key may come is taken."""
     tinyauth = lab.tinyauth()
     for what, fields in GOOD_CREDENTIALS.items():
-        same(tinyauth.ask("GET", "/t/echo", *fields, key=None).status, 200, what)
+        echo = tinyauth.ask("GET", "/t/echo", *fields, key=None)
+        same(echo.status, 200, what)
+        assert ALICE not in echo.body.decode() and WRONG not in echo.body.decode(), f"{what}: the model saw {echo.body}"
+
+
+def test_origin(lab):
+    """A key is stronger than an origin, which Ollama answers 403 to; a WebSocket's server may look at it."""
+    tinyauth = lab.tinyauth()
+    for origin in ("http://app.test", "null", "chrome-extension://abc"):
+        same(values(tinyauth.ask("GET", "/t/echo", f"Origin: {origin}").json(), "Origin"), [], origin)
+    echo = tinyauth.ask("GET", "/t/echo", *UPGRADE, "Origin: http://app.test").json()
+    same(values(echo, "Origin"), ["http://app.test"], "of a WebSocket")
+
+
+def test_anthropic_version(lab):
+    """Who says anthropic-version reads Anthropic's errors, on every path."""
+    for target in ("/", "/v1/models", "/api/tags", "/v1/chat/completions"):
+        error = lab.tinyauth().ask("GET", target, "anthropic-version: 2023-06-01", key=None).json()
+        same((error["type"], error["error"]["type"]), ("error", "authentication_error"), target)
+
+
+def test_large_body_with_a_wrong_key(lab):
+    """A refusal is read: who sends 24 MB with a wrong key before it looks for an answer finds the 401, and no reset."""
+    client = lab.tinyauth().connect()
+    client.send(request("POST", "/t/sink", key=WRONG, body=bytes(24 << 20)))
+    same(client.read().status, 401, "status")
+    same(client.end(), "eof", "end")
 
 
 def test_bad_credentials(lab):
@@ -1571,7 +1607,7 @@ def test_connection_cannot_drop_our_fields(lab):
 def test_other_fields_pass_as_they_are(lab):
     """All else arrives in order, with case, repeats and odd bytes."""
     sent = ["Accept: */*", "x-stainless-lang: js", "X-Multi: b", "X-Multi: a", "User-Agent: test \"(x)\"",
-            "X-Obs: caf\xe9", "Origin: http://app.test", "Cookie: a=b; c=d", "X-Empty:"]
+            "X-Obs: caf\xe9", "Cookie: a=b; c=d", "X-Empty:"]
     echo = lab.tinyauth().ask("GET", "/t/echo", *sent).json()
     wanted = [[name, value.strip()] for name, _, value in (field.partition(":") for field in sent)]
     same([field for field in echo["headers"] if field in wanted], wanted, "fields")

@@ -1,5 +1,6 @@
-// The judge cpp-httplib, the server under llama-server. Frames and lines are as in judge_python.py, but `!` may stand
-// anywhere: this server answers 400 to what it cannot read and goes on with the bytes that follow.
+// The judge cpp-httplib, the server under llama-server. Usage: judge_cpp serving|loading; loading, it answers each request
+// before it has looked at the body. Frames and lines are as in judge_python.py, but `!` may stand anywhere: this server
+// answers 400 to what it cannot read and goes on with the bytes that follow. -DFIRST=1: for 0.11, whose interface is another.
 #include <httplib.h>
 
 #include <arpa/inet.h>
@@ -7,17 +8,21 @@
 #include <cstring>
 #include <string>
 
-// What a client sent on one connection; its end is the end of the bytes.
+// What a client sent on one connection, from `at` on; its end is the end of the bytes. As in the library's own stream, which
+// is another one for each request, bytes are taken in blocks, and what is left of a block is lost with the stream.
 class Recorded : public httplib::Stream {
 public:
-    explicit Recorded(const std::string &data) : data_(data) {}
-    bool more() const { return at_ < data_.size(); }
+    Recorded(const std::string &data, size_t &at) : data_(data), at_(at), next_(at) {}
     bool is_readable() const override { return true; }
-    bool is_writable() const override { return true; }
+    virtual bool is_writable() const { return true; }       // some releases have these, some do not
+    virtual bool wait_readable() const { return true; }
+    virtual bool wait_writable() const { return true; }
+    virtual time_t duration() const { return 0; }
     ssize_t read(char *space, size_t size) override {
-        size = std::min(size, data_.size() - at_);
-        memcpy(space, data_.data() + at_, size);
-        at_ += size;
+        if (next_ == at_) at_ += std::min(BLOCK, data_.size() - at_);
+        size = std::min(size, at_ - next_);
+        memcpy(space, data_.data() + next_, size);
+        next_ += size;
         return static_cast<ssize_t>(size);
     }
     ssize_t write(const char *, size_t size) override { return static_cast<ssize_t>(size); }
@@ -26,8 +31,10 @@ public:
     socket_t socket() const override { return 0; }
 
 private:
+    static constexpr size_t BLOCK = 4096;
     const std::string &data_;
-    size_t at_ = 0;
+    size_t &at_;        // where the next block begins
+    size_t next_;       // the next byte
 };
 
 static std::string hex(const std::string &text) {
@@ -42,12 +49,19 @@ static std::string hex(const std::string &text) {
 
 class Judge : public httplib::Server {
 public:
-    Judge() {
+    explicit Judge(bool loading) {
         Handler keep = [this](const httplib::Request &request, httplib::Response &) {
             line_ += hex(request.method) + "," + hex(request.target) + "," + hex(request.get_header_value("Host")) + "," +
                      hex(request.body) + " ";
             kept_ = true;
         };
+        if (loading) {
+            set_pre_routing_handler([keep](const httplib::Request &request, httplib::Response &response) {
+                keep(request, response);
+                response.status = 503;
+                return HandlerResponse::Handled;
+            });
+        }
         Get(".*", keep);
         Post(".*", keep);
         Put(".*", keep);
@@ -58,16 +72,21 @@ public:
 
     // As the library's own loop over a kept-alive connection; what comes after a request that closes it is not read.
     std::string read(const std::string &data) {
-        Recorded stream(data);
+        size_t at = 0;
         bool closed = false;
         line_.clear();
-        while (stream.more() && !closed) {
+        while (at < data.size() && !closed) {
+            Recorded stream(data, at);
             kept_ = false;
+#if FIRST
             bool good = process_request(stream, false, closed, nullptr);
+#else
+            bool good = process_request(stream, "127.0.0.1", 1, "127.0.0.1", 1, false, closed, nullptr);
+#endif
             if (!kept_) line_ += "! ";
             if (!good) break;
         }
-        return line_ + (stream.more() && !closed ? "!" : ".");
+        return line_ + (at < data.size() && !closed ? "!" : ".");
     }
 
 private:
@@ -75,8 +94,8 @@ private:
     bool kept_ = false;
 };
 
-int main() {
-    Judge judge;
+int main(int, char **argv) {
+    Judge judge(!strcmp(argv[1], "loading"));
     uint32_t length;
     while (fread(&length, sizeof length, 1, stdin) == 1) {
         std::string data(ntohl(length), '\0');

@@ -32,9 +32,12 @@ def cpp_takes(request):
     return request.method in CPP_METHODS and request.target.count(b"?") < 2 and request.longest <= 8192 and len(request.names) <= 100
 
 
+CPP = "cpp-httplib"
+RELEASES = ("bookworm", "trixie", "forky")      # of Debian, and so of cpp-httplib
+
 # By judge: whether it takes such a request at all. What it does not take it refuses, which hurts nobody, as long as it
 # then reads nothing that was not sent.
-TAKES = {"llhttp": llhttp_takes, "httptools": httptools_takes, "cpp-httplib": cpp_takes}
+TAKES = {"llhttp": llhttp_takes, "httptools": httptools_takes, CPP: cpp_takes}
 
 
 @dataclass
@@ -87,7 +90,8 @@ class Judge:
 def request_judges(python, build):
     return [Judge("h11", [python, HERE / "judge_python.py", "h11"]), Judge("httptools", [python, HERE / "judge_python.py", "httptools"]),
             Judge("llhttp", ["node", HERE / "judge_node.cjs", "requests"]), Judge("net/http", [build / "judge_go"]),
-            Judge("cpp-httplib", [build / "judge_cpp"])]
+            *(Judge(f"{CPP} of {release}, {mode}", [build / f"judge_cpp_{release}", mode]) for release in RELEASES
+              for mode in ("serving", "loading"))]
 
 
 def client_judge(python):
@@ -110,24 +114,29 @@ def parse_line(line):
     return [tuple(bytes.fromhex(part) for part in word.split(",")) for word in words if "," in word], [w for w in words if "," not in w]
 
 
+def is_cpp(name):
+    return name.startswith(CPP)
+
+
 def leaves_body(name, request):
-    """cpp-httplib does not read the body of these: it must at least not read it as requests."""
+    """cpp-httplib does not read the body of these, and none at all while it loads: it must at least not read it as requests."""
     unsized = b"content-length" not in [field.lower() for field in request.names]
-    return name == "cpp-httplib" and (request.method in (b"GET", b"HEAD", b"OPTIONS") or (request.method == b"DELETE" and unsized))
+    by_method = request.method in (b"GET", b"HEAD", b"OPTIONS") or (request.method == b"DELETE" and unsized)
+    return is_cpp(name) and (by_method or name.endswith("loading"))
 
 
 def disagreement(name, line, sent, partial, rest):
     """Why the judge's reading is not what was sent: a list of Sent, then, with `rest`, bytes that are no whole request, and
     of which `partial` is the head, when that is whole. None: it is."""
     requests, marks = parse_line(line)
-    takes = TAKES.get(name, lambda request: True)
+    takes = TAKES.get(CPP if is_cpp(name) else name, lambda request: True)
     left = list(requests)
     for request in sent:
         if left and request.read_as(left[0], leaves_body(name, request)):
             left.pop(0)
         elif takes(request):
             return f"{name} misses a request: {request.method.decode()} {request.target.decode()}: it reads {readable(requests, marks)}"
-        elif name != "cpp-httplib":
+        elif not is_cpp(name):
             return None if not left and marks == ["!"] else f"{name} goes on after a refusal: {readable(requests, marks)}"
     if left and partial and leaves_body(name, partial) and partial.read_as(left[0], True):
         left.pop(0)

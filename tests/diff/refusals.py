@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grammar
+import judges
 import traffic
 from program import Tinyauth
 
@@ -25,7 +26,6 @@ HERE = Path(__file__).parent
 AT_ONCE = 24
 HONEST = 100
 MODES = {"serving": 200, "loading": 503}
-RELEASES = ("bookworm", "trixie", "forky")
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Server:
 
 
 def servers(python, build):
-    cpp = [Server(f"cpp-httplib of {release}", [build / f"refuse_cpp_{release}"], KINDS) for release in RELEASES]
+    cpp = [Server(f"cpp-httplib of {release}", [build / f"refuse_cpp_{release}"], KINDS) for release in judges.RELEASES]
     others = [kind for kind in KINDS if not kind.only_cpp and not kind.refused]
     uvicorn = [Server(f"uvicorn with {parser}", [python, HERE / "refuse_python.py", parser], others) for parser in ("h11", "httptools")]
     return [*cpp, *uvicorn, Server("net/http", [build / "refuse_go"], others)]
@@ -152,7 +152,7 @@ def hidden_of(entries):
 async def check_server(server, options, folder):
     """Asked without tinyauth, it does run what is hidden, or not: those that do are worth asking. Returns the kinds that do."""
     await server.start("serving", folder / "direct")
-    await storm(options.build, server.port, [kind for kind in server.kinds if not kind.more], 32)
+    await storm(options.build, server.port, [kind for kind in server.kinds if not kind.more and not kind.bare], 32)
     entries, _ = await server.stop()
     (folder / "direct").unlink()
     return [KINDS[number].name for number in sorted(hidden_of(entries))]

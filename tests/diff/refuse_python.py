@@ -1,6 +1,7 @@
 """A real server of uvicorn. Usage: refuse_python.py h11|httptools serving|loading RECORD; what it does is told in refusals.py."""
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -30,6 +31,8 @@ async def main():
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = uvicorn.Server(uvicorn.Config(application(mode == "loading", record), http=parser, ws="none", lifespan="off",
                                            log_level="warning", access_log=False))
+    # what it says of an upgrade that it does not do is not told
+    logging.getLogger("uvicorn.error").addFilter(lambda line: not any(word in line.getMessage() for word in ("upgrade", "WebSocket")))
     print(listener.getsockname()[1], flush=True)
 
     def wait():

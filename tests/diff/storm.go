@@ -99,7 +99,10 @@ func hidden(target string, length int) string {
 // `before` bytes.
 func body(k *kind, before int, run int64) []byte {
 	size := 2*block + 512
-	if run%16 == 15 {
+	switch {
+	case k.Bare:
+		size = 4 * unit
+	case run%16 == 15:
 		size = 18 * block
 	}
 	text := hidden(k.Hidden, 2*unit+(block-before%block)%unit)

@@ -281,7 +281,7 @@ fingerprint(void)
 		const struct conn *c = conn_at(&worker, i);
 		if (c->state != S_FREE)
 			sum = sum * 31 + c->state + c->req.end + c->req.raw * 3u + c->req.in + c->resp.end + c->resp.raw * 3u + c->resp.in +
-			      c->lingered + (uint64_t)(c->client.fd + c->upstream.fd * 7) + c->req.broken + (uint64_t)c->client.watched +
+			      (uint64_t)(c->client.fd + c->upstream.fd * 7) + c->req.broken + (uint64_t)c->client.watched +
 			      (uint64_t)c->upstream.watched;
 	}
 	return sum * 31 + worker.used;
@@ -577,7 +577,7 @@ LLVMFuzzerInitialize(int *argc, char ***argv)
 	(void)argc, (void)argv;
 	config = (struct config){.max_conns = CONNS, .ip_conns = 64, .ip_rate = {NS_PER_S / 10, 20}, .header_ms = 10000,
 	    .connect_ms = 5000, .first_byte_ms = 600000, .idle_ms = 600000, .keepalive_ms = 75000, .drain_ms = 600000,
-	    .linger_ms = LINGER_MS, .reader_ms = READER_MS};
+	    .linger_ms = LINGER_PAUSE_MS, .reader_ms = READER_MS};
 	config.upstream = (struct upstream){.text = "127.0.0.1:1", .host = "localhost:1", .addrs = 2};
 	keys = keys_new(0, &size, &fd);
 	MUST(keys != NULL);

@@ -90,6 +90,9 @@ named_by_connection(struct slice head, struct slice wanted)
 	return false;
 }
 
+/* Fields that go on at times, or in part. */
+static const char *const AT_TIMES[] = {"Origin", "Sec-WebSocket-Protocol", "X-Accel-Buffering", NULL};
+
 /* The next field that goes on as it is; in a request nothing else does. */
 static bool
 next_passing(struct slice *rest, struct slice whole, bool request, struct slice *name, struct slice *value)
@@ -99,6 +102,8 @@ next_passing(struct slice *rest, struct slice whole, bool request, struct slice 
 	while (head_next_line(rest, &line)) {
 		MUST(head_split(line, name, value));
 		if (name_among(*name, request ? NEVER_UP : NEVER_DOWN) || name_among(*name, request ? OURS_UP : OURS_DOWN))
+			continue;
+		if (name_among(*name, AT_TIMES))
 			continue;
 		if (request && (memchr(name->p, '_', name->n) != NULL || (name->n >= 12 && strncasecmp(name->p, "X-Forwarded-", 12) == 0)))
 			continue;
@@ -158,8 +163,9 @@ check_request(struct slice in, int n)
 	uint64_t length;
 
 	MUST(head_parse(&h, (struct slice){block, in.n}) == n);
-	struct slice secret = head_credential(&h), worn[] = {h.authorization, h.x_api_key, h.api_key};
-	MUST(secret.n == 0 || (secret.p >= block && secret.p + secret.n <= block + n));
+	struct slice secret[CREDENTIALS_MAX], worn[] = {h.authorization, h.x_api_key, h.api_key, credential_protocol(&h)};
+	for (size_t i = head_credentials(&h, secret); i-- > 0;)
+		MUST(secret[i].n > 0 && secret[i].p >= block && secret[i].p + secret[i].n <= block + n);
 	for (size_t i = 0; i < LENGTH(worn); i++)    /* NUL bytes in the result would be a credential */
 		if (worn[i].n > 0)
 			wipe((char *)(uintptr_t)worn[i].p, worn[i].n);
@@ -208,7 +214,9 @@ check_answer(struct slice in, int n, unsigned flags)
 	b.form = (uint8_t)answer_form(&b, minor);
 	struct slice connection = h.status == 101 ? S("upgrade") : flags & CLOSES ? S("close") : S("");
 	struct out o = {to, 0, BUF_SIZE, false};
-	answer_rewrite(&h, &b, minor, h.status > 101 && h.status < 200 ? S("") : connection, S("id"), &o);
+	struct backward back = {.minor = minor, .connection = h.status > 101 && h.status < 200 ? S("") : connection, .id = S("id"),
+	    .host = S("upstream.test:1")};
+	answer_rewrite(&h, &b, &back, &o);
 	MUST(!o.full);
 	struct slice out = {o.p, o.n};
 	MUST(head_span(out) == out.n);
