@@ -1094,6 +1094,15 @@ def test_stop_lets_those_who_asked_have_their_answer(lab):
 FORKS = "?fork,?vfork,?clone,?clone3"
 
 
+def with_processes(lab, most):
+    """A command under which a user that has no other process may have so many, and that user's directory."""
+    _, home = ordinary(lab)
+    user = 1_000_000 + os.getpid() * 16 % 900_000 + next(Net.numbers) % 16
+    for path in (home, home / "keys"):
+        os.chown(path, user, user)
+    return ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", "prlimit", f"--nproc={most}"], home
+
+
 def check_no_worker(lab, what, *options, before=(), binary=None, **more):
     """Neither the log nor the service manager hears that it is ready; in a few seconds it ends with 1, and says why."""
     manager = Manager(lab)
@@ -1119,9 +1128,8 @@ def check_no_worker(lab, what, *options, before=(), binary=None, **more):
 
 def test_not_ready_without_processes(lab):
     """Where the user may have no other process."""
-    before, home = ordinary(lab)
-    check_no_worker(lab, "RLIMIT_NPROC", "-k", str(home / "keys"), before=[*before, "prlimit", "--nproc=1"],
-                    binary=str(home / "tinyauth"), keys=None, workers=2)
+    before, home = with_processes(lab, 1)
+    check_no_worker(lab, "RLIMIT_NPROC", "-k", str(home / "keys"), before=before, binary=str(home / "tinyauth"), keys=None, workers=2)
 
 
 def test_not_ready_without_memory(lab):
@@ -1156,9 +1164,8 @@ def test_ready_when_one_can_live(lab):
     late.pid = int(late.events("ready")[0]["pid"])
     late.signal(signal.SIGTERM)
     late.wait_exit()
-    before, home = ordinary(lab)
-    one = Server(lab, "-k", str(home / "keys"), before=[*before, "prlimit", "--nproc=2"], binary=str(home / "tinyauth"), keys=None,
-                 workers=2)
+    before, home = with_processes(lab, 2)
+    one = Server(lab, "-k", str(home / "keys"), before=before, binary=str(home / "tinyauth"), keys=None, workers=2)
     one.expect("event=worker_missing")
     same(one.ask("GET", "/t/echo").status, 200, "status with one worker of two")
 
