@@ -30,9 +30,9 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 from e2e import (ALICE, KEYS, UPGRADE, Client, Cut, Model, Run, Secure, Started, Stream, alone, check_error,  # noqa: E402
-                 environment, frozen, many_keys, request, same, until)
+                 children, environment, frozen, many_keys, request, same, until)
 from faults.run import descriptors, hold_stream, run_all, slow, small_disk  # noqa: E402
-from minimal import Answering, Held, Inetd, Manager, Server, named, nameless, ordinary  # noqa: E402
+from minimal import Answering, Held, Inetd, Manager, Server, named, nameless, namespaces, ordinary  # noqa: E402
 from regressions import Upstream, read_head  # noqa: E402
 from secure import self_signed  # noqa: E402
 
@@ -1033,6 +1033,34 @@ def test_all_places_of_all_workers(lab):
         check_places(tinyauth, workers * conns, all_at_once)
         same(tinyauth.stop(), [], "end")
         lab.things.remove(tinyauth)
+
+
+class Contained(Server):
+    """tinyauth as pid 1. The process ids of its log are not ours."""
+
+    def __init__(self, lab, *options, **more):
+        super().__init__(lab, *options, before=namespaces("--pid", "--fork", "--kill-child"), **more)
+        self.pid, = children(self.process.pid)
+
+    def stop(self):
+        for client in self.clients:
+            client.close()
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            self.wait_exit(10)
+        self.pump.join(2)
+        self.process.stderr.close()
+
+
+def test_places_of_another_server(lab):
+    """Two containers share a state file, and each server is pid 1 in its own: the free places of one are not those of the other,
+    who says 503 when its own are taken."""
+    site, servers = Site(lab, behave), []
+    for _ in range(2):
+        servers.append(Contained(lab, "--max-conns", "4", "--state", lab.path("state"), workers=2, upstream=site.name))
+    same({server.events("ready")[0]["pid"] for server in servers}, {"1"}, "process numbers")
+    for server in servers:
+        check_places(server, 8, False)
 
 
 def stop_takes(tinyauth, timeout=20):
