@@ -95,6 +95,7 @@ enum {
 	RESOLVE_MS = 12000,          /* for a name to be looked up */
 	RESOLVE_EVERY_MS = 30000,    /* time between two looks at the upstream's name */
 	RESOLVE_AGAIN_MS = 2000,     /* the same while it has no address, or none that takes connections */
+	RESOLVE_START_MS = 1000,     /* at start: for the upstream's name, before serving begins without an address of it */
 	RESOLVE_REST_MS = 2000,      /* with IPv4 addresses in hand: for a name server to tell of IPv6 ones */
 	PINGS_MAX = 3,               /* a worker that leaves more pings unanswered is stuck, and killed */
 	UPSTREAM_ADDRS = 4,          /* addresses tried for one upstream name */
@@ -121,7 +122,7 @@ enum {
 	STOP_HALF_MS = 500,          /* the same for a handshake or a head to become whole */
 	TRIM_MS = 2000,              /* time between two looks for buffers that nobody has used since */
 	TRIM_KEEP = 8,               /* buffers that keep their memory all the same */
-	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
+	HURRY_MS = 500,              /* after a second TERM, or when draining is over: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
 	RESPAWN_MAX_MS = 1000,
 	YOUNG_MS = 1000,             /* a worker that lived shorter died young */
@@ -308,7 +309,7 @@ struct fate_slot {
 struct conn_row {
 	_Alignas(64) _Atomic uint32_t taken;  /* process id of the worker that has it; 0: none */
 	_Atomic uint32_t used;       /* entries that may be other than 0 */
-	_Atomic uint32_t room;       /* process id of the supervisor whose worker this is, while it has room for another connection */
+	_Atomic uint32_t room;       /* the server whose worker this is, a random number, while it has room for another connection */
 	_Atomic uint64_t events;     /* connections that it took and requests that began, ever */
 	_Atomic uint64_t requests;   /* in flight */
 };
@@ -475,6 +476,7 @@ struct request {
 	bool close;                  /* the client connection ends with this request */
 	bool quiet;                  /* no access line */
 	bool page;                   /* as in struct head */
+	bool portless;               /* no address could be tried for want of a local one */
 	char method[METHOD_MAX];
 	char id[ID_MAX];
 	char path[PATH_KEPT];
@@ -536,7 +538,9 @@ struct worker {
 	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
 	int control;                 /* from the supervisor; its end means that it is gone */
-	uint32_t server;             /* the supervisor's process id; 0: none, under -i */
+	uint32_t server;             /* whose worker this is, a random number; 0: nobody's, under -i */
+	bool knocked;                /* somebody waited at a listener while all places were taken, and others had some; */
+	uint64_t knocked_events;     /* what those had done by then */
 	int epoll;                   /* -1: none, all go in the poll set */
 	unsigned called;             /* bits: listeners, and behind them control, that are ready in this turn */
 	bool many;                   /* all wait in the epoll set */
@@ -601,7 +605,9 @@ struct supervisor {
 	uint64_t pet_ns;             /* when the next one is due */
 	bool resolved;               /* the child is gone, its answer is there */
 	bool unreached;              /* a worker could not connect since the name was looked up last */
-	uint64_t resolved_ns;        /* when that was */
+	uint64_t resolved_ns, moved_ns;  /* when that was; when it meant other addresses last */
+	uint32_t id;                 /* of this server in the shared table, a random number */
+	bool upgraded;               /* took over from a binary before */
 	int hopeless;                /* exit status: a worker could not give up root, or none comes to serve; 0: there is hope */
 	bool proven;                 /* one serves */
 	bool told_ready;             /* and that was told */
