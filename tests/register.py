@@ -756,11 +756,13 @@ def check_found(lab, answers, host, what, limit):
         site = Site(lab, behave, host)
     tinyauth = serve_home(lab, home, before=with_names(lab), upstream=f"models.test:{site.port}")
     tinyauth.expect("event=upstream_(unknown|found)")
-    with home.inside():
-        answer = tinyauth.ask("GET", "/")
     took = (tinyauth.events("ready")[0]["at"] - tinyauth.began) / 1e9
-    same((answer.status, answer.body), (200, b"ok"), f"the first answer with {what}; asked for {[kind for kind, _ in names.asked]}")
-    assert took < limit, f"ready after {took:.1f} s with {what}"
+    assert took < 3, f"ready after {took:.1f} s with {what}"
+
+    def found():
+        with home.inside():
+            return tinyauth.ask("GET", "/").body == b"ok"
+    until(found, f"an answer with {what}; asked for {[kind for kind, _ in names.asked]}", limit)
     for thing in (tinyauth, site, names, home):
         same(thing.stop() or [], [], "end")
         lab.things.remove(thing)
@@ -774,7 +776,7 @@ def test_name_server_without_ipv6(lab):
 
 
 def test_name_server_without_ipv4(lab):
-    """A is answered so, and AAAA well: the name is found at start."""
+    """A is answered so, and AAAA well: the name is found, and meanwhile it serves."""
     for error in (NXDOMAIN, SERVFAIL, REFUSED, SILENCE):
         check_found(lab, {A: error, AAAA: ["::1"]}, "::1", f"A answered {WORDS[error]}", 15)
     check_found(lab, {A: [], AAAA: ["::1"]}, "::1", "A answered with none", 3)
@@ -971,7 +973,7 @@ def post_to_reads_late(tinyauth, net, size):
 @slow
 def test_silent_but_living(lab):
     """Who says nothing for 70 s but lives is left alone: a model, and the client that waits for it; an idle client; a tunnel; a
-    model that takes so long to read a body, of any size; a client that takes so long to read what was all sent."""
+    model that takes so long to read a body, of any size. Not so a client that reads nothing while bytes wait for it."""
     home, far = home_and_far(lab)
     model = Far(lab, home)
     with home.inside():                     # the kernel takes all but the largest at once
@@ -982,7 +984,6 @@ def test_silent_but_living(lab):
     clients = {"idle": begin(tinyauth, far, "/idle"), "tunnel": begin(tinyauth, far, "/tunnel", *UPGRADE)}
     same([client.read().status for client in clients.values()], [200, 101], "an idle client and a tunnel")
     clients["late"] = begin(tinyauth, far, "/late")
-    clients["an answer read late"] = begin(tinyauth, far, "/large", rcvbuf=16384)
     clients |= {f"{size} bytes": post_to_reads_late(tinyauth, far, size) for size in BODIES}
     time.sleep(SILENT)
     got = {}

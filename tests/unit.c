@@ -3980,7 +3980,10 @@ test_conn_late(void)
 	rig_connect(&r);
 	rig_send(&r, r.client, S("GET / HTTP/1.1\r\n" ALICE "\r\n"));
 	CHECK(rig_upstream(&r).n > 0 && r.c->state == S_WAIT);
-	rig_wait(&r);
+	for (uint64_t looks = 0; looks < config.first_byte_ms / BEAR_MS; looks++) {
+		CHECK(r.c->state == S_WAIT);         /* whether the upstream lives is looked at meanwhile */
+		rig_wait(&r);
+	}
 	CHECK(rig_client_got(&r, "HTTP/1.1 504 ", "}\n") && slice_holds(rig_log(&r), " reason=upstream_timeout "));
 	CHECK(r.c->state == S_IDLE);
 	rig_wait(&r);
