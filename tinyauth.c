@@ -54,15 +54,20 @@
  *   plain HTTP on a TLS port, TLS on a plain one    told so in a 400, before any key is read: R_PLAIN_HTTP, R_TLS_HELLO
  *   an end forged by whoever sits on the wire       an end without close_notify is a cut: link_left, R_CLIENT_CUT
  *   sessions forged or torn in the shared cache     each has a keyed seal, and dies with the certificate's key
- *   connections of many addresses                   a full pool: the oldest without an authenticated request gives way
- *   descriptors that run out                        supervisor_descriptors; accepting pauses for ACCEPT_PAUSE_MS
+ *   connections of many addresses                   a full pool: others take them; where all are full, the oldest without an
+ *                                                   authenticated request gives way
+ *   peers that vanish without a word                socket_vigil, READER_MS
+ *   an upstream's address that is dead              FATES, FATE_REST_MS
+ *   descriptors and local ports that run out        supervisor_descriptors; accepting pauses for ACCEPT_PAUSE_MS; an upstream
+ *                                                   connection that we end first is reset, and holds no port
  *   a log that nobody reads, a full disk            lines wait, then are dropped and counted; nothing blocks
  *   an upstream that sends garbage or never ends    ANSWER_HEAD_MAX, INTERIM_MAX, 502; backpressure
  *   headers that claim another client               all X-Forwarded-* and their like are dropped and set anew; a PROXY header
  *                                                   and X-Forwarded-For count from --trust peers only, PROXY_HEAD_MAX
  *   a name server that lies or hangs                names are looked up in a child behind walls of its own, RESOLVE_MS
  *   a worker that was taken over                    SANDBOX: user, empty root, seccomp, Landlock; the key table is read-only
- *                                                   there and holds digests. The certificate's key is within its reach
+ *                                                   there and holds digests; listeners keep their options. The certificate's
+ *                                                   key is within its reach, and so are the rates of the shared table
  */
 
 #define _GNU_SOURCE
@@ -1450,8 +1455,9 @@ log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn
  *       networks and secrets as they are written
  * Calls: BASICS
  * Promises: a bad value is one sentence that says what is wrong and how to mend it; the command line wins
- * Never: changes the configuration after start. Others do so in three places, each before the fork that it is for or in the
- *        process that it is for: supervisor_descriptors(), supervisor_resolved(), sandbox_upstream()
+ * Never: changes the configuration after start. Others do so, each before the fork that it is for or in the process that it is
+ *        for: names_find_listen(), names_find_upstream() and supervisor_resolved(), supervisor_descriptors(), inetd_run(),
+ *        table_from_config(), sandbox_upstream()
  * ============================================================================================================= */
 
 enum option_kind { O_TEXT, O_LISTEN, O_UPSTREAM, O_TRUST, O_USER, O_COUNT, O_BURST, O_DURATION, O_RATE, O_FORMAT };
@@ -1568,7 +1574,7 @@ addr_split(const char *text, char *host, const char **port, struct mistake *m)
 	return true;
 }
 
-/* One address, when it is written as one and not as a name; then *n becomes 0, and names_find() looks for it later. */
+/* One address, when it is written as one and not as a name; then *n becomes 0, and it is looked up later. */
 static bool
 addr_read(const char *text, struct addr *a, unsigned *n, bool passive, struct mistake *m)
 {
@@ -2496,8 +2502,8 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 
 /* ============================================================================================================= *
  * TABLE
- * Owns: the shared mapping, anonymous or in --state's file: rates and open connections by address; later in-flight counts
- *       and usage. The mapping of TLS sessions
+ * Owns: the shared mapping, anonymous or in --state's file: rates and open connections by address, who has room, which of an
+ *       upstream's addresses could not be reached; later in-flight counts and usage. The mapping of TLS sessions
  * Calls: BASICS
  * Promises: a process killed anywhere leaves it usable; an address is limited across all workers
  * Never: takes a lock while serving: those on --state's file guard its beginning, and tell which rows have a process
@@ -7183,8 +7189,8 @@ conn_late(struct worker *w, struct conn *c)
  * SANDBOX
  * Owns: what a process may not do any more: user, root directory, limits, Landlock, seccomp; the looking up of names, which
  *       is done in a child of that kind
- * Calls: BASICS, CONFIG (the user, the upstream, addresses)
- * Promises: a process that serves cannot open, execute, fork, trace or become root, and ends when it tries; another call than
+ * Calls: BASICS, CONFIG (the user, the upstream, addresses); in the self-test LOG, CERTIFICATE and LINK
+ * Promises: a process that serves cannot execute, fork, trace or open for writing, and ends when it tries; another call than
  *           those that it is made of fails, and is no end of it; what the kernel lacks is told
  * Never: lets a worker of a server that was started as root serve as root
  * ============================================================================================================= */
@@ -8896,7 +8902,7 @@ worker_run(struct worker *w)
  * SUPERVISOR
  * Owns: listeners, children, generations, signals; publishes the keys; renews the certificate and the upstream's addresses;
  *       speaks to the service manager; hands everything over to a new binary. Also -i, which has no supervisor
- * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, CERTIFICATE, CONN (under -i), SANDBOX, WORKER
+ * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, CERTIFICATE, LINK (options of listeners), CONN (under -i), SANDBOX, WORKER
  * Promises: a dead worker is replaced; a bad keys file or certificate leaves the old one in force; an upgrade loses no
  *           connection
  * Never: reads a client's byte, but under -i, where this process is the worker

@@ -122,7 +122,7 @@ enum {
 	CHECK_MS = 10000,            /* for a new binary to check what it would run */
 	STOP_IDLE_MS = 5000,         /* when the server stops: for the next request of an idle connection */
 	STOP_HALF_MS = 500,          /* the same for a handshake or a head to become whole */
-	TRIM_MS = 2000,              /* time between two looks for buffers that nobody has used since */
+	TRIM_MS = 2000,              /* time between two looks for buffers that nobody uses */
 	TRIM_KEEP = 8,               /* buffers that keep their memory all the same */
 	HURRY_MS = 500,              /* after a second TERM, or when draining is over: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
