@@ -3012,15 +3012,19 @@ static const struct field_name {
 #undef NAME
 };
 
+/* Where the names with this first letter begin, and one more; 0: there are none. */
+static const uint8_t FIELD_FIRST['z' - 'a' + 1] = {['a' - 'a'] = 1, ['c' - 'a'] = 4, ['e' - 'a'] = 8, ['f' - 'a'] = 9, ['h' - 'a'] = 10,
+	['k' - 'a'] = 12, ['l' - 'a'] = 13, ['o' - 'a'] = 14, ['p' - 'a'] = 15, ['s' - 'a'] = 16, ['t' - 'a'] = 18, ['u' - 'a'] = 22,
+	['x' - 'a'] = 23};
+
 static enum field_id
 field_identify(struct slice name)
 {
 	const char first = ascii_lower(name.p[0]);
-	const struct field_name *f = FIELD_NAMES, *end = FIELD_NAMES + LENGTH(FIELD_NAMES);
+	size_t at = first >= 'a' && first <= 'z' ? FIELD_FIRST[first - 'a'] : 0;
+	const struct field_name *f = at > 0 ? FIELD_NAMES + at - 1 : FIELD_NAMES + LENGTH(FIELD_NAMES);
 
-	while (f < end && f->name[0] < first)
-		f++;
-	for (; f < end && f->name[0] == first; f++) {
+	for (const struct field_name *end = FIELD_NAMES + LENGTH(FIELD_NAMES); f < end && f->name[0] == first; f++) {
 		struct slice known = {f->name, f->n};
 		if (known.p[known.n - 1] == '-' ? slice_starts_like(name, known) : slice_like(name, known))
 			return f->id;

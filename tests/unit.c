@@ -1896,6 +1896,25 @@ head_of(struct slice text)
 }
 
 static void
+test_field_names(void)
+{
+	/* Each name is found, in any case, where its first letter says that such names begin. */
+	for (size_t i = 0; i < LENGTH(FIELD_NAMES); i++) {
+		char name[32];
+		memcpy(name, FIELD_NAMES[i].name, FIELD_NAMES[i].n);
+		CHECK(field_identify((struct slice){name, FIELD_NAMES[i].n}) == FIELD_NAMES[i].id);
+		name[0] = (char)(name[0] & ~0x20);
+		CHECK(field_identify((struct slice){name, FIELD_NAMES[i].n}) == FIELD_NAMES[i].id);
+	}
+	for (int c = 'a'; c <= 'z'; c++) {
+		size_t at = FIELD_FIRST[c - 'a'], first = 0;
+		while (first < LENGTH(FIELD_NAMES) && FIELD_NAMES[first].name[0] != c)
+			first++;
+		CHECK(at == (first < LENGTH(FIELD_NAMES) ? first + 1 : 0));
+	}
+}
+
+static void
 test_head_contents(void)
 {
 	/* What the parser says of a head is what stands in it. */
@@ -6393,7 +6412,7 @@ static const struct test {
 	TEST(keys_exposed_capitals), TEST(keys_unreadable), TEST(table_rate), TEST(table_rate_edges),
 	TEST(table_older_clock), TEST(table_restarted_clock), TEST(table_identities), TEST(table_eviction),
 	TEST(table_connections), TEST(table_shared), TEST(heads_good), TEST(heads_bad_lines), TEST(heads_bad_fields),
-	TEST(heads_limits), TEST(heads_long_and_bad), TEST(head_contents), TEST(head_absolute_form), TEST(path_is_odd),
+	TEST(heads_limits), TEST(heads_long_and_bad), TEST(field_names), TEST(head_contents), TEST(head_absolute_form), TEST(path_is_odd),
 	TEST(path_matches), TEST(host_good), TEST(head_upgrades), TEST(head_rewrite_text), TEST(head_unsafe),
 	TEST(head_rewrite_drops), TEST(heads_at_random), TEST(chunks_good), TEST(chunks_bad),
 	TEST(chunks_incomplete), TEST(chunks_limits), TEST(chunks_at_random), TEST(bodies_of_a_length),
