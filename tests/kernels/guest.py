@@ -106,15 +106,14 @@ def test_connections_past_poll(lab):
 
 
 def test_secure_connections_past_poll(lab):
-    """The same with 36 over TLS."""
+    """The same with forty over TLS, which resume one session."""
     tinyauth = serve(lab)
-    clients = []
-    for _ in range(36):
-        clients.append(connect(tinyauth))
-        same(clients[-1].ask("GET", "/t/echo").status, 200, "status")
+    context = client_context()
+    session = sessions.first_session(tinyauth, context)
+    clients = [connect(tinyauth, context=context, session=session) for _ in range(40)]
     for client in clients:
         client.send(request("GET", "/t/echo"))
-    same({client.read().status for client in clients}, {200}, "statuses")
+    same([(client.read().status, client.tls.session_reused) for client in clients], [(200, True)] * 40, "statuses and resumed")
 
 
 def test_every_kind_of_key(lab):

@@ -29,7 +29,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
-WATCHDOG = 1200                         # seconds for one machine, of this one's time
+WATCHDOG = 1800                         # seconds for one machine, of this one's time
 MEMORY = 1024                           # MB
 PACKAGES = ["busybox-static", "python3", "openssl", "curl", "util-linux", "mount", "coreutils", "dash", "linux-libc-dev"]
 APPEND = "loglevel=4 panic=-1 log_buf_len=4M audit=1 audit_backlog_limit=8192 random.trust_bootloader=on"
