@@ -39,7 +39,7 @@ sys.path.insert(1, str(HERE / "tls"))
 from model import BLOCK, pattern, pieces  # noqa: E402
 from secure import Ragged, SecureSocket, self_signed  # noqa: E402
 
-WATCHDOG = 150                      # seconds for the whole run
+WATCHDOG = 240                      # seconds for the whole run
 WATCHDOG_TLS = 400
 HOST = "models.test:8080"
 ALICE = "alice-Secret-0123456789"
