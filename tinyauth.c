@@ -5980,8 +5980,8 @@ static enum step late_tls(struct worker *, struct conn *, enum reason);
 static enum step late_head(struct worker *, struct conn *, enum reason);
 static enum step late_connect(struct worker *, struct conn *, enum reason);
 static enum step late_send(struct worker *, struct conn *, enum reason);
+static enum step late_wait(struct worker *, struct conn *, enum reason);
 static enum step late_relay(struct worker *, struct conn *, enum reason);
-static enum step conn_refuse_upstream(struct worker *, struct conn *, enum reason);
 
 /* [r31] Every state with its step, the time it may take, and what happens after that, for which reason. */
 static const struct state_row {
@@ -6001,7 +6001,7 @@ static const struct state_row {
 	[S_HEAD] = {"head", step_head, MS(header_ms), late_head, R_HEADER_TIMEOUT, true},
 	[S_CONNECT] = {"connect", step_connect, MS(connect_ms), late_connect, R_UPSTREAM_CONNECT_TIMEOUT, false},
 	[S_SEND] = {"send", step_relay, MS(idle_ms), late_send, R_BODY_TIMEOUT, false},
-	[S_WAIT] = {"wait", step_relay, MS(first_byte_ms), conn_refuse_upstream, R_UPSTREAM_TIMEOUT, false},
+	[S_WAIT] = {"wait", step_relay, MS(first_byte_ms), late_wait, R_UPSTREAM_TIMEOUT, false},
 	[S_RELAY] = {"relay", step_relay, MS(idle_ms), late_relay, R_IDLE, false},
 	[S_TUNNEL] = {"tunnel", step_tunnel, MS(idle_ms), late_relay, R_IDLE, false},
 	[S_FLUSH] = {"flush", step_flush, MS(reader_ms), late_end, R_NONE, true},
@@ -6093,10 +6093,9 @@ conn_touch(struct worker *w, struct conn *c)
 		conn_hasten(c, c->upstream.fd >= 0 ? c->request->connect_ns : w->now_ns + CONNECT_AGAIN_MS * NS_PER_MS);
 	if (conn_spent(c))
 		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
-	if (c->state == S_SEND) {
+	if (c->state == S_SEND || c->state == S_WAIT) {
 		c->request->idle_ns = c->deadline_ns;
-		if (c->request->stretch_ns < c->deadline_ns)
-			c->deadline_ns = c->request->stretch_ns;
+		conn_hasten(c, c->state == S_SEND ? c->request->stretch_ns : w->now_ns + BEAR_MS * NS_PER_MS);
 	}
 	if (c->deadline_ns < w->sweep_ns)
 		w->sweep_ns = c->deadline_ns;
@@ -7140,6 +7139,21 @@ late_send(struct worker *w, struct conn *c, enum reason reason)
 		return STEP_WAIT;
 	c->request->close = true;
 	return conn_refuse_upstream(w, c, pipe_waits(&c->req) ? R_IDLE : reason);
+}
+
+/* Of a body that the kernel took there may be something left that the upstream does not read yet. */
+static enum step
+late_wait(struct worker *w, struct conn *c, enum reason reason)
+{
+	uint64_t end_ns = c->request->idle_ns;
+
+	if (w->now_ns >= end_ns)
+		return conn_refuse_upstream(w, c, reason);
+	link_bear(&c->upstream);
+	conn_touch(w, c);
+	c->request->idle_ns = end_ns;
+	conn_hasten(c, end_ns);
+	return STEP_WAIT;
 }
 
 static enum step
@@ -9495,15 +9509,18 @@ static void
 supervisor_watch_root(struct supervisor *s)
 {
 	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
-	struct stat held, named;
+	struct stat held, named, top;
 
-	if (s->root < 0 || un->sun_family != AF_UNIX || fstat(s->root, &held) != 0 || held.st_nlink > 0)
+	if (s->root < 0 || un->sun_family != AF_UNIX || (s->moved_ns != 0 && s->now_ns - s->moved_ns < ROOT_REST_MS * NS_PER_MS))
 		return;
 	int fd = directory_open(un->sun_path);
-	if (fd >= 0 && fstat(fd, &named) == 0 && (named.st_uid == held.st_uid || named.st_uid == 0)) {
+	/* no way for somebody else to the whole file system, or to a new generation in every turn */
+	if (fd >= 0 && fstat(s->root, &held) == 0 && fstat(fd, &named) == 0 && stat("/", &top) == 0 && !stat_same(&held, &named) &&
+	    !stat_same(&top, &named) && (named.st_uid == held.st_uid || named.st_uid == 0)) {
 		int old = s->root;
 		s->root = fd;
 		fd = old;
+		s->moved_ns = s->now_ns;
 		log_note(s->log, "upstream_moved", "its socket's directory was made anew");
 		s->due = true;
 	}

@@ -73,6 +73,8 @@ enum {
 
 	RETRY_MS_MAX = 30000,        /* clients are not told to wait longer than this: to their users they would seem to hang */
 
+	BEAR_MS = 30000,             /* how often an upstream that is waited for is looked at whether it lives; less than GONE_MS */
+	ROOT_REST_MS = 5000,         /* time between two generations for a directory that was made anew */
 	STRETCH_MS = 30000,          /* a request body is looked at over so long */
 	STRETCH_BYTES = 30 << 10,    /* and cut when fewer bytes came */
 
@@ -456,7 +458,7 @@ enum state {
 struct request {
 	uint64_t begin_ns, first_ns; /* head complete; first byte of the answer. CLOCK_MONOTONIC */
 	uint64_t in;                 /* bytes of the head */
-	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut */
+	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut; in S_WAIT: when the answer is too late */
 	uint64_t stretch_ns, stretch_in;  /* end of this stretch of time; body bytes before it */
 	const char *detail;          /* of the reason: configured or constant text */
 	const char *why;             /* what was wrong with the upstream's answer: constant text, or NULL */
