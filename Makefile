@@ -4,7 +4,8 @@
 # make PORTABLE=1        without what only Linux has: epoll, memfd, seccomp, Landlock
 # make cert             a self-signed certificate for trying out: cert.pem, key.pem
 # make demo | test | test-http | test-tls | test-minimal | test-inetd | test-openrc | test-systemd | test-image |
-#      test-cross | test-kernels | test-releases | test-clients | test-diff | test-faults | test-ports | test-swarm | bench |
+#      test-register | test-cross | test-kernels | test-releases | test-clients | test-real | test-diff | test-faults | test-ports |
+#      test-swarm | bench |
 #      coverage | fuzz | analyse | lint | install | uninstall | clean
 
 PREFIX ?= /usr/local
@@ -78,6 +79,9 @@ test-tls: tinyauth
 test-minimal: tinyauth
 	python3 tests/minimal.py
 
+test-register: tinyauth
+	python3 tests/register.py
+
 test-inetd: tinyauth
 	python3 tests/inetd/run.py
 
@@ -147,6 +151,10 @@ cert:
 test-clients: tinyauth
 	sh tests/clients/run.sh
 
+# llama-server and Ollama themselves behind it; makes them first, once.
+test-real: tinyauth
+	python3 tests/real/run.py
+
 # N mutated requests, made from SEED, read by the parsers of five servers; then servers that leave bodies unread.
 N ?= 20000
 SEED ?= 1
@@ -212,6 +220,6 @@ uninstall:
 clean:
 	rm -rf tinyauth build
 
-.PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-inetd test-openrc test-systemd test-image \
-	test-cross test-kernels test-releases test-clients test-diff test-faults test-ports test-swarm coverage fuzz analyse lint \
+.PHONY: guard bench cert cross dist demo test test-http test-tls test-minimal test-register test-inetd test-openrc test-systemd \
+	test-image test-cross test-kernels test-releases test-clients test-real test-diff test-faults test-ports test-swarm coverage fuzz analyse lint \
 	install uninstall clean force

@@ -54,15 +54,20 @@
  *   plain HTTP on a TLS port, TLS on a plain one    told so in a 400, before any key is read: R_PLAIN_HTTP, R_TLS_HELLO
  *   an end forged by whoever sits on the wire       an end without close_notify is a cut: link_left, R_CLIENT_CUT
  *   sessions forged or torn in the shared cache     each has a keyed seal, and dies with the certificate's key
- *   connections of many addresses                   a full pool: the oldest without an authenticated request gives way
- *   descriptors that run out                        supervisor_descriptors; accepting pauses for ACCEPT_PAUSE_MS
+ *   connections of many addresses                   a full pool: others take them; where all are full, the oldest without an
+ *                                                   authenticated request gives way
+ *   peers that vanish without a word                socket_vigil, READER_MS
+ *   an upstream's address that is dead              FATES, FATE_REST_MS
+ *   descriptors and local ports that run out        supervisor_descriptors; accepting pauses for ACCEPT_PAUSE_MS; an upstream
+ *                                                   connection that we end first is reset, and holds no port
  *   a log that nobody reads, a full disk            lines wait, then are dropped and counted; nothing blocks
  *   an upstream that sends garbage or never ends    ANSWER_HEAD_MAX, INTERIM_MAX, 502; backpressure
  *   headers that claim another client               all X-Forwarded-* and their like are dropped and set anew; a PROXY header
  *                                                   and X-Forwarded-For count from --trust peers only, PROXY_HEAD_MAX
  *   a name server that lies or hangs                names are looked up in a child behind walls of its own, RESOLVE_MS
  *   a worker that was taken over                    SANDBOX: user, empty root, seccomp, Landlock; the key table is read-only
- *                                                   there and holds digests. The certificate's key is within its reach
+ *                                                   there and holds digests; listeners keep their options. The certificate's
+ *                                                   key is within its reach, and so are the rates of the shared table
  */
 
 #define _GNU_SOURCE
@@ -598,11 +603,32 @@ descriptor_idle(void)
 	return fd >= 0 ? fd : socket(AF_UNIX, SOCK_DGRAM, 0);
 }
 
+/* Closes descriptors from `from` to below `to` one by one, where they are open: poll tells of many at once. */
+static void
+descriptors_close(unsigned from, unsigned to)
+{
+	struct pollfd p[256];
+	struct rlimit limit = {4096, 4096};
+
+	process_limit(RLIMIT_NOFILE, NULL, &limit);
+	to = to < limit.rlim_cur ? to : (unsigned)limit.rlim_cur;
+	while (from < to) {
+		nfds_t n = to - from < LENGTH(p) ? to - from : LENGTH(p);
+		for (nfds_t i = 0; i < n; i++)
+			p[i] = (struct pollfd){(int)(from + i), 0, 0};
+		int known = poll(p, n, 0);
+		for (nfds_t i = 0; i < n; i++)
+			if (known < 0 || !(p[i].revents & POLLNVAL))
+				close(p[i].fd);
+		from += (unsigned)n;
+	}
+}
+
 /* Closes all descriptors but standard input, output and error and those in `keep`, which is sorted for that; -1 is none. */
 static void
 descriptors_close_but(int *keep, size_t n)
 {
-	enum { CLOSE_RANGE = 436, OLD_MOST = 65536 };
+	enum { CLOSE_RANGE = 436 };
 	unsigned from = STDERR_FILENO + 1;
 
 	for (size_t i = 1; i < n; i++)
@@ -618,8 +644,7 @@ descriptors_close_but(int *keep, size_t n)
 #if TINYAUTH_LINUX
 		if (to > from && syscall(CLOSE_RANGE, from, to - 1, 0) != 0)   /* before Linux 5.9 */
 #endif
-			for (unsigned fd = from; fd < to && fd < OLD_MOST; fd++)
-				close((int)fd);
+			descriptors_close(from, to);
 		from = to + 1;
 	}
 }
@@ -877,11 +902,14 @@ file_writable(const char *path)
 static bool
 file_allocate(int fd, const struct stat *st, size_t size)
 {
-	enum { BLOCK = 4096 };
-	int error = posix_fallocate(fd, 0, (off_t)size);
+	enum { BLOCK = 512 };                /* no file system has smaller ones */
+	int error;
 	char byte;
 
-	if (error != EOPNOTSUPP && error != ENOSYS && error != EINVAL)   /* the file system can do so, or there is no room */
+	do
+		error = posix_fallocate(fd, 0, (off_t)size);
+	while (error == EINTR);
+	if (error == 0 || error == ENOSPC || error == EDQUOT || error == EFBIG || error == EIO)   /* else it cannot do so */
 		return (errno = error) == 0;
 	for (off_t at = 0; (size_t)at < size && (uint64_t)st->st_blocks * 512 < size; at += BLOCK) {
 		off_t last = at + BLOCK - 1 < (off_t)size ? at + BLOCK - 1 : (off_t)size - 1;
@@ -1427,8 +1455,9 @@ log_access(struct log *log, uint64_t now_ns, uint64_t wall_ms, const struct conn
  *       networks and secrets as they are written
  * Calls: BASICS
  * Promises: a bad value is one sentence that says what is wrong and how to mend it; the command line wins
- * Never: changes the configuration after start. Others do so in three places, each before the fork that it is for or in the
- *        process that it is for: supervisor_descriptors(), supervisor_resolved(), sandbox_upstream()
+ * Never: changes the configuration after start. Others do so, each before the fork that it is for or in the process that it is
+ *        for: names_find_listen(), names_find_upstream() and supervisor_resolved(), supervisor_descriptors(), inetd_run(),
+ *        table_from_config(), sandbox_upstream()
  * ============================================================================================================= */
 
 enum option_kind { O_TEXT, O_LISTEN, O_UPSTREAM, O_TRUST, O_USER, O_COUNT, O_BURST, O_DURATION, O_RATE, O_FORMAT };
@@ -1545,7 +1574,7 @@ addr_split(const char *text, char *host, const char **port, struct mistake *m)
 	return true;
 }
 
-/* One address, when it is written as one and not as a name; then *n becomes 0, and names_find() looks for it later. */
+/* One address, when it is written as one and not as a name; then *n becomes 0, and it is looked up later. */
 static bool
 addr_read(const char *text, struct addr *a, unsigned *n, bool passive, struct mistake *m)
 {
@@ -2473,8 +2502,8 @@ keys_new(uint64_t rows, size_t *size, int *fd)
 
 /* ============================================================================================================= *
  * TABLE
- * Owns: the shared mapping, anonymous or in --state's file: rates and open connections by address; later in-flight counts
- *       and usage. The mapping of TLS sessions
+ * Owns: the shared mapping, anonymous or in --state's file: rates and open connections by address, who has room, which of an
+ *       upstream's addresses could not be reached; later in-flight counts and usage. The mapping of TLS sessions
  * Calls: BASICS
  * Promises: a process killed anywhere leaves it usable; an address is limited across all workers
  * Never: takes a lock while serving: those on --state's file guard its beginning, and tell which rows have a process
@@ -2542,20 +2571,22 @@ table_in_file(int fd, size_t size, uint64_t rows, uint64_t conns)
 	return NULL;
 }
 
-__attribute__((noreturn)) static void
-table_no_room(const char *path, int fd, bool fresh)
+/* A fresh file gives back what it got. */
+static struct table *
+table_no_room(const char *path, int fd, bool fresh, struct mistake *m)
 {
 	int error = errno;
 
 	if (fresh && ftruncate(fd, 0) != 0)
 		error = errno;
-	die(EX_CONFIG, "%s: no room for the shared table: %s; make room, or name another file with --state", path, strerror(error));
+	mistake_is(m, "%s: no room for the shared table: %s; make room, or name another file with --state", path, strerror(error));
+	return NULL;
 }
 
 /* The table in a file, which others may use at the same time: with `least` rows or more, a new one with `rows`. One that is
- * broken, of another version or too small is set aside as FILE.old, and *aside tells. */
+ * broken, of another version or too small is set aside as FILE.old, and *aside tells. NULL: `m` says why there is none. */
 static struct table *
-table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int *fd, bool *aside)
+table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int *fd, bool *aside, struct mistake *m)
 {
 	char old[PATH_MAX];
 	struct stat st, named;
@@ -2564,27 +2595,33 @@ table_open(const char *path, uint64_t least, uint64_t rows, uint64_t conns, int 
 	*aside = false;
 	for (;;) {
 		*fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NOFOLLOW, 0600);
-		if (*fd < 0 || flock(*fd, LOCK_EX) != 0 || fstat(*fd, &st) != 0)   /* held while it is looked at or begun */
-			die(EX_CONFIG, "%s: cannot be opened for the shared table: %s; name another with --state", path, strerror(errno));
-		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1)
-			die(EX_CONFIG, "%s: is not a file that this user alone can write; name another with --state", path);
+		if (*fd < 0 || flock(*fd, LOCK_EX) != 0 || fstat(*fd, &st) != 0) {   /* held while it is looked at or begun */
+			mistake_is(m, "%s: cannot be opened for the shared table: %s; name another with --state", path, strerror(errno));
+			return NULL;
+		}
+		if (!S_ISREG(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 022) != 0 || st.st_nlink > 1) {
+			mistake_is(m, "%s: is not a file that this user alone can write; name another with --state", path);
+			return NULL;
+		}
 		bool same = stat(path, &named) == 0 && stat_same(&named, &st);
 		if (same && (t = table_in_file(*fd, (size_t)st.st_size, least, conns)) != NULL) {
 			if (!file_allocate(*fd, &st, (size_t)st.st_size))
-				table_no_room(path, *fd, false);
+				return table_no_room(path, *fd, false, m);
 			break;
 		}
 		text_print(old, sizeof old, "%s.old", path);
 		if (same && st.st_size > 0) {
 			*aside = true;
-			if (rename(path, old) != 0)
-				die(EX_CONFIG, "%s: holds no table, and cannot be set aside: %s; remove it", path, strerror(errno));
+			if (rename(path, old) != 0) {
+				mistake_is(m, "%s: holds no table, and cannot be set aside: %s; remove it", path, strerror(errno));
+				return NULL;
+			}
 		} else if (same) {
 			uint64_t size = table_size(rows, conns);
 			errno = ENOMEM;
 			if (size > SIZE_MAX || !file_allocate(*fd, &st, (size_t)size) ||
 			    (t = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0)) == MAP_FAILED)
-				table_no_room(path, *fd, true);
+				return table_no_room(path, *fd, true, m);
 			table_begin(t, rows, conns);
 			break;
 		}
@@ -2638,7 +2675,7 @@ table_recover(struct table *t, int fd, uint32_t gone)
 	for (uint32_t i = 0; i < geometry.rows; i++) {
 		struct conn_row *row = table_row(t, i);
 		uint32_t pid = atomic_load(&row->taken);
-		if (pid == 0 || pid == (uint32_t)getpid() || (gone != 0 && pid != gone) || !table_lock(fd, i, F_WRLCK))
+		if (pid == 0 || (gone != 0 && pid != gone) || !table_lock(fd, i, F_WRLCK))
 			continue;
 		if (atomic_compare_exchange_strong(&row->taken, &pid, (uint32_t)getpid()))
 			table_row_give(t, row);
@@ -2820,14 +2857,21 @@ fate_reached(struct table *t, const struct addr *a)
 		atomic_store_explicit(&slot->failed_ns, 0, memory_order_relaxed);
 }
 
-/* Is there another worker of this server that has room for a connection? */
+/* Are there other workers of this server that have room for a connection? *events: what they have done ever. */
 static bool
-table_room_elsewhere(struct table *t, const struct conn_row *own, uint32_t server)
+table_room_elsewhere(struct table *t, const struct conn_row *own, uint32_t server, uint64_t *events)
 {
-	for (uint32_t i = 0; i < geometry.rows && server != 0; i++)
-		if (table_row(t, i) != own && atomic_load_explicit(&table_row(t, i)->room, memory_order_relaxed) == server)
-			return true;
-	return false;
+	bool found = false;
+
+	*events = 0;
+	for (uint32_t i = 0; i < geometry.rows && server != 0; i++) {
+		struct conn_row *row = table_row(t, i);
+		if (row == own || atomic_load(&row->taken) == 0 || atomic_load(&row->room) != server)
+			continue;
+		found = true;
+		*events += atomic_load_explicit(&row->events, memory_order_relaxed);
+	}
+	return found;
 }
 
 /* ---- TLS sessions -------------------------------------------------------------------------------------------- */
@@ -2968,15 +3012,19 @@ static const struct field_name {
 #undef NAME
 };
 
+/* Where the names with this first letter begin, and one more; 0: there are none. */
+static const uint8_t FIELD_FIRST['z' - 'a' + 1] = {['a' - 'a'] = 1, ['c' - 'a'] = 4, ['e' - 'a'] = 8, ['f' - 'a'] = 9, ['h' - 'a'] = 10,
+	['k' - 'a'] = 12, ['l' - 'a'] = 13, ['o' - 'a'] = 14, ['p' - 'a'] = 15, ['s' - 'a'] = 16, ['t' - 'a'] = 18, ['u' - 'a'] = 22,
+	['x' - 'a'] = 23};
+
 static enum field_id
 field_identify(struct slice name)
 {
 	const char first = ascii_lower(name.p[0]);
-	const struct field_name *f = FIELD_NAMES, *end = FIELD_NAMES + LENGTH(FIELD_NAMES);
+	size_t at = first >= 'a' && first <= 'z' ? FIELD_FIRST[first - 'a'] : 0;
+	const struct field_name *f = at > 0 ? FIELD_NAMES + at - 1 : FIELD_NAMES + LENGTH(FIELD_NAMES);
 
-	while (f < end && f->name[0] < first)
-		f++;
-	for (; f < end && f->name[0] == first; f++) {
+	for (const struct field_name *end = FIELD_NAMES + LENGTH(FIELD_NAMES); f < end && f->name[0] == first; f++) {
 		struct slice known = {f->name, f->n};
 		if (known.p[known.n - 1] == '-' ? slice_starts_like(name, known) : slice_like(name, known))
 			return f->id;
@@ -5684,7 +5732,6 @@ link_connect(struct link *l, const struct addr *to)
 	return 0;
 }
 
-
 /* Says that nothing more will be sent: close_notify, then the end. A blocked link has to be shut again later. */
 static void
 link_shut(struct link *l)
@@ -5943,8 +5990,8 @@ static enum step late_tls(struct worker *, struct conn *, enum reason);
 static enum step late_head(struct worker *, struct conn *, enum reason);
 static enum step late_connect(struct worker *, struct conn *, enum reason);
 static enum step late_send(struct worker *, struct conn *, enum reason);
+static enum step late_wait(struct worker *, struct conn *, enum reason);
 static enum step late_relay(struct worker *, struct conn *, enum reason);
-static enum step conn_refuse_upstream(struct worker *, struct conn *, enum reason);
 
 /* [r31] Every state with its step, the time it may take, and what happens after that, for which reason. */
 static const struct state_row {
@@ -5964,9 +6011,9 @@ static const struct state_row {
 	[S_HEAD] = {"head", step_head, MS(header_ms), late_head, R_HEADER_TIMEOUT, true},
 	[S_CONNECT] = {"connect", step_connect, MS(connect_ms), late_connect, R_UPSTREAM_CONNECT_TIMEOUT, false},
 	[S_SEND] = {"send", step_relay, MS(idle_ms), late_send, R_BODY_TIMEOUT, false},
-	[S_WAIT] = {"wait", step_relay, MS(first_byte_ms), conn_refuse_upstream, R_UPSTREAM_TIMEOUT, false},
+	[S_WAIT] = {"wait", step_relay, MS(first_byte_ms), late_wait, R_UPSTREAM_TIMEOUT, false},
 	[S_RELAY] = {"relay", step_relay, MS(idle_ms), late_relay, R_IDLE, false},
-	[S_TUNNEL] = {"tunnel", step_tunnel, MS(idle_ms), late_end, R_IDLE, false},
+	[S_TUNNEL] = {"tunnel", step_tunnel, MS(idle_ms), late_relay, R_IDLE, false},
 	[S_FLUSH] = {"flush", step_flush, MS(reader_ms), late_end, R_NONE, true},
 	[S_LINGER] = {"linger", step_linger, MS(linger_ms), late_end, R_NONE, true},
 #undef MS
@@ -6045,7 +6092,7 @@ conn_touch(struct worker *w, struct conn *c)
 {
 	size_t at = STATES[c->state].deadline;
 
-	if (c->state == S_RELAY && pipe_waits(&c->resp))
+	if ((c->state == S_RELAY || c->state == S_TUNNEL) && pipe_waits(&c->resp))
 		at = offsetof(struct config, reader_ms);
 	c->deadline_ns = w->now_ns + *(const uint64_t *)((const char *)&config + at) * NS_PER_MS;
 	if (c->state == S_LINGER)
@@ -6056,10 +6103,9 @@ conn_touch(struct worker *w, struct conn *c)
 		conn_hasten(c, c->upstream.fd >= 0 ? c->request->connect_ns : w->now_ns + CONNECT_AGAIN_MS * NS_PER_MS);
 	if (conn_spent(c))
 		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
-	if (c->state == S_SEND) {
+	if (c->state == S_SEND || c->state == S_WAIT) {
 		c->request->idle_ns = c->deadline_ns;
-		if (c->request->stretch_ns < c->deadline_ns)
-			c->deadline_ns = c->request->stretch_ns;
+		conn_hasten(c, c->state == S_SEND ? c->request->stretch_ns : w->now_ns + BEAR_MS * NS_PER_MS);
 	}
 	if (c->deadline_ns < w->sweep_ns)
 		w->sweep_ns = c->deadline_ns;
@@ -6201,6 +6247,7 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 
 	if (r == NULL)
 		abort();                     /* there is one for each connection */
+	conn_leave_upstream(c);              /* that of the request before, if it has not ended */
 	memset(r, 0, offsetof(struct request, method));
 	r->begin_ns = w->now_ns;
 	r->in = n;
@@ -6607,12 +6654,13 @@ conn_choose(struct worker *w, struct conn *c)
 	r->connect_ns = w->now_ns + config.connect_ms * NS_PER_MS;
 }
 
-/* The address that was tried does not take the connection. */
+/* The address that was tried does not take the connection; `portless`: there is no local address to reach it from. */
 static void
-conn_address_failed(struct worker *w, struct conn *c)
+conn_address_failed(struct worker *w, struct conn *c, bool portless)
 {
 	struct request *r = c->request;
 
+	r->portless = portless && (r->tried == 0 || r->portless);
 	if (config.upstream.addrs > 1)
 		fate_failed(w->table, &config.upstream.addr[r->address], w->now_ns);
 	r->tried |= (uint8_t)(1u << r->address);
@@ -6626,20 +6674,23 @@ conn_connect(struct worker *w, struct conn *c)
 	struct request *r = c->request;
 
 	conn_leave_upstream(c);
-	for (; r->address < config.upstream.addrs; conn_address_failed(w, c)) {
+	for (; r->address < config.upstream.addrs; conn_address_failed(w, c, errno == EADDRNOTAVAIL)) {
 		if (link_connect(&c->upstream, &config.upstream.addr[r->address]) == 0 || errno == EAGAIN) {
 			conn_enter(w, c, S_CONNECT);
 			return c->upstream.fd >= 0 ? STEP_AGAIN : STEP_WAIT;
 		}
-		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM || errno == EADDRNOTAVAIL) {
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
 			r->retry_ms = 1000;
 			return conn_refuse(w, c, R_FULL);
 		}
 	}
+	if (r->portless) {
+		r->retry_ms = 1000;
+		return conn_refuse(w, c, R_FULL);
+	}
 	w->connect_failed = true;
 	return conn_refuse_upstream(w, c, config.upstream.addrs > 0 ? R_UPSTREAM_REFUSED : R_UPSTREAM_UNKNOWN);
 }
-
 
 /* An admitted request: its head is written anew and goes to the upstream. */
 static enum step
@@ -6726,7 +6777,7 @@ step_connect(struct worker *w, struct conn *c)
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
 		return conn_refuse_upstream(w, c, R_BAD_BODY);
 	if (pipe_flush(p, &c->upstream) < 0 && p->out == before) {
-		conn_address_failed(w, c);
+		conn_address_failed(w, c, false);
 		return conn_connect(w, c);
 	}
 	if (p->out == before)
@@ -7084,7 +7135,7 @@ late_connect(struct worker *w, struct conn *c, enum reason reason)
 {
 	if (w->now_ns < c->request->connect_ns)
 		return conn_connect(w, c);
-	conn_address_failed(w, c);
+	conn_address_failed(w, c, false);
 	w->connect_failed |= c->request->address >= config.upstream.addrs;
 	return c->request->address < config.upstream.addrs ? conn_connect(w, c) : conn_refuse_upstream(w, c, reason);
 }
@@ -7098,6 +7149,21 @@ late_send(struct worker *w, struct conn *c, enum reason reason)
 		return STEP_WAIT;
 	c->request->close = true;
 	return conn_refuse_upstream(w, c, pipe_waits(&c->req) ? R_IDLE : reason);
+}
+
+/* Of a body that the kernel took there may be something left that the upstream does not read yet. */
+static enum step
+late_wait(struct worker *w, struct conn *c, enum reason reason)
+{
+	uint64_t end_ns = c->request->idle_ns;
+
+	if (w->now_ns >= end_ns)
+		return conn_refuse_upstream(w, c, reason);
+	link_bear(&c->upstream);
+	conn_touch(w, c);
+	c->request->idle_ns = end_ns;
+	conn_hasten(c, end_ns);
+	return STEP_WAIT;
 }
 
 static enum step
@@ -7127,8 +7193,8 @@ conn_late(struct worker *w, struct conn *c)
  * SANDBOX
  * Owns: what a process may not do any more: user, root directory, limits, Landlock, seccomp; the looking up of names, which
  *       is done in a child of that kind
- * Calls: BASICS, CONFIG (the user, the upstream, addresses)
- * Promises: a process that serves cannot open, execute, fork, trace or become root, and ends when it tries; another call than
+ * Calls: BASICS, CONFIG (the user, the upstream, addresses); in the self-test LOG, CERTIFICATE and LINK
+ * Promises: a process that serves cannot execute, fork, trace or open for writing, and ends when it tries; another call than
  *           those that it is made of fails, and is no end of it; what the kernel lacks is told
  * Never: lets a worker of a server that was started as root serve as root
  * ============================================================================================================= */
@@ -7165,7 +7231,7 @@ out_walls(struct out *o, unsigned walls)
 
 #if TINYAUTH_LINUX && !defined(TINYAUTH_NO_SANDBOX)
 
-enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_SERVING = FOR_WORKER | FOR_RESOLVER, FOR_ALL = 7 };
+enum { FOR_WORKER = 1, FOR_RESOLVER = 2, FOR_SUPERVISOR = 4, FOR_SERVING = FOR_WORKER | FOR_RESOLVER, FOR_ALL = 7, FOR_INETD = 8 };
 
 struct call { unsigned number : 24, roles : 8; };
 
@@ -7207,17 +7273,24 @@ static const struct call CALLS[] = {
 	/* give memory back */
 	{SYS_madvise, FOR_SERVING}, {SYS_munmap, FOR_SERVING},
 	/* look what a new log is: fstat(), which some libcs make of other calls */
-	{SYS_fstat, FOR_SERVING}, {SYS_statx, FOR_SERVING},
-#ifdef SYS_newfstatat
+	{SYS_fstat, FOR_SERVING},
+#if defined(SYS_fstat64) || defined(__GLIBC__)
+	{SYS_statx, FOR_SERVING},
+#else
+	{SYS_statx, FOR_RESOLVER},
+#endif
+#if defined(SYS_newfstatat) && defined(__GLIBC__)
 	{SYS_newfstatat, FOR_SERVING},
+#elif defined(SYS_newfstatat)
+	{SYS_newfstatat, FOR_RESOLVER},
 #endif
 #ifdef SYS_fstat64
 	{SYS_fstat64, FOR_SERVING}, {SYS_fstatat64, FOR_SERVING},
 #endif
-	/* give a terminal its flags back under -i */
-	{SYS_fcntl, FOR_SERVING},
+	/* give a terminal its flags back under -i; elsewhere it could make listeners block, which all workers share */
+	{SYS_fcntl, FOR_RESOLVER | FOR_INETD},
 #ifdef SYS_fcntl64
-	{SYS_fcntl64, FOR_SERVING},
+	{SYS_fcntl64, FOR_RESOLVER | FOR_INETD},
 #endif
 	/* return from a signal */
 	{SYS_rt_sigreturn, FOR_SERVING},
@@ -7235,6 +7308,12 @@ static const struct call CALLS[] = {
 #endif
 #ifdef SYS_stat64
 	{SYS_stat64, FOR_RESOLVER},
+#endif
+#if defined(SYS_alarm) && defined(__GLIBC__)
+	{SYS_alarm, FOR_RESOLVER},
+#endif
+#if defined(__GLIBC__)
+	{SYS_uname, FOR_RESOLVER}, {SYS_mprotect, FOR_RESOLVER},
 #endif
 	{SYS_sendmmsg, FOR_RESOLVER}, {SYS_recvmmsg, FOR_RESOLVER},
 #ifdef SYS_mmap
@@ -7292,6 +7371,13 @@ enum { NO_NEW_PRIVS = 38, SET_DUMPABLE = 4, GET_SECCOMP = 21, SET_SECCOMP = 22, 
 #define AUDIT_ARCH 0u                /* not known: no filter */
 #endif
 
+/* Other libraries than musl ask daemons and the kernel for names. */
+#if defined(__GLIBC__)
+enum { FOR_NAMES = FOR_WORKER };
+#else
+enum { FOR_NAMES = FOR_SERVING };
+#endif
+
 /* What else must hold of a call: argument & mask == value, or `action`. `high`: of the upper half of an argument. */
 static const struct rule {
 	int number;
@@ -7299,8 +7385,8 @@ static const struct rule {
 	bool high;
 	uint32_t mask, value, action;
 } RULES[] = {
-	{SYS_socket, FOR_WORKER, 0, false, AF_UNIX, 0, TRAP},   /* first: left out when the upstream is a unix socket */
-	{SYS_socket, FOR_WORKER, 0, false, ~(uint32_t)(AF_UNIX | AF_INET | AF_INET6), 0, TRAP},
+	{SYS_socket, FOR_NAMES, 0, false, AF_UNIX, 0, TRAP},    /* first: left out when the upstream is a unix socket */
+	{SYS_socket, FOR_NAMES, 0, false, ~(uint32_t)(AF_UNIX | AF_INET | AF_INET6), 0, TRAP},
 	{SYS_socket, FOR_WORKER, 1, false, ~(uint32_t)(SOCK_NONBLOCK | SOCK_CLOEXEC), SOCK_STREAM, TRAP},
 	{SYS_socket, FOR_WORKER, 2, false, UINT32_MAX, 0, TRAP},       /* TCP, not MPTCP, which Landlock lets through */
 	{SYS_sendto, FOR_WORKER, 3, false, MSG_FASTOPEN, 0, TRAP},     /* no connecting besides connect() */
@@ -7311,10 +7397,11 @@ static const struct rule {
 #ifdef SYS_send
 	{SYS_send, FOR_WORKER, 3, false, MSG_FASTOPEN, 0, TRAP},
 #endif
-	{SYS_fcntl, FOR_WORKER, 1, false, ~7u, 0, FAIL_EPERM},         /* F_SETOWN and what follows it send signals */
+	{SYS_fcntl, FOR_SERVING, 1, false, ~7u, 0, FAIL_EPERM},        /* F_SETOWN and what follows it send signals */
 #ifdef SYS_fcntl64
-	{SYS_fcntl64, FOR_WORKER, 1, false, ~7u, 0, FAIL_EPERM},
+	{SYS_fcntl64, FOR_SERVING, 1, false, ~7u, 0, FAIL_EPERM},
 #endif
+	{SYS_madvise, FOR_WORKER, 2, false, UINT32_MAX, MADV_DONTNEED, FAIL_ENOSYS},   /* others empty mappings for all workers */
 	{SYS_openat, FOR_SERVING, 2, false, O_ACCMODE | O_CREAT | O_TRUNC, 0, TRAP},   /* nothing is written but what is open */
 #ifdef SYS_open
 	{SYS_open, FOR_SERVING, 1, false, O_ACCMODE | O_CREAT | O_TRUNC, 0, TRAP},
@@ -7330,7 +7417,7 @@ static const struct rule {
 	{435 /* clone3, whose arguments no filter sees */, FOR_ALL, 0, false, 0, 1, FAIL_ENOSYS},
 };
 
-enum { FILTER_MAX = 16 + LENGTH(CALLS) + LENGTH(NEVER) + 6 * LENGTH(RULES) };
+enum { FILTER_MAX = 26 + LENGTH(CALLS) + LENGTH(NEVER) + 6 * LENGTH(RULES) };
 
 static void
 filter_add(struct filter *f, uint16_t code, uint8_t yes, uint8_t no, uint32_t k)
@@ -7364,9 +7451,21 @@ filter_rule(struct filter *f, const struct rule *r)
 	filter_add(f, LOAD_WORD, 0, 0, OFFSET_NUMBER);
 }
 
-/* Closes the system calls that a role has no use for. The kernel's log tells of each call that is refused, where it can. */
+/* Descriptors up to `last` are listeners, which all workers share: nobody shuts them or gives them other options. */
+static void
+filter_listeners(struct filter *f, uint32_t number, int last)
+{
+	filter_add(f, IF_EQUAL, 0, 4, number);
+	filter_add(f, LOAD_WORD, 0, 0, OFFSET_ARGUMENTS);
+	filter_add(f, IF_AT_LEAST, 1, 0, (uint32_t)last + 1);
+	filter_add(f, RETURN, 0, 0, FAIL_EPERM);
+	filter_add(f, LOAD_WORD, 0, 0, OFFSET_NUMBER);
+}
+
+/* Closes the system calls that a role has no use for; `last`: the last listener's descriptor, or -1. The kernel's log tells of each
+ * call that is refused, where it can. */
 static bool
-sandbox_seccomp(unsigned role)
+sandbox_seccomp(unsigned role, int last)
 {
 	static struct filter_step step[FILTER_MAX];
 	struct filter f = {0, step};
@@ -7381,6 +7480,10 @@ sandbox_seccomp(unsigned role)
 	for (size_t i = config.upstream.addr[0].ss.ss_family == AF_UNIX; i < LENGTH(RULES); i++)
 		if (RULES[i].roles & role)
 			filter_rule(&f, &RULES[i]);
+	if (last >= 0) {
+		filter_listeners(&f, SYS_shutdown, last);
+		filter_listeners(&f, SYS_setsockopt, last);
+	}
 	if (serving)
 		filter_calls(&f, CALLS, LENGTH(CALLS), role, ALLOW);
 	filter_calls(&f, NEVER, LENGTH(NEVER), role, serving ? TRAP : FAIL_EPERM);
@@ -7536,10 +7639,10 @@ sandbox_capabilities(void)
 	syscall(SYS_capset, &head, none);
 }
 
-/* Closes everything that serving does not need; `root`: the directory that becomes the root, or -1; `control`: the supervisor.
- * The walls that hold. */
+/* Closes everything that serving does not need; `root`: the directory that becomes the root, or -1; `control`: the supervisor;
+ * `last`: up to here descriptors are listeners, or -1. The walls that hold. */
 static unsigned
-sandbox_worker(int root, int control)
+sandbox_worker(int root, int control, int last)
 {
 	unsigned walls = geteuid() == 0 ? WALL_USER : 0;
 
@@ -7556,7 +7659,7 @@ sandbox_worker(int root, int control)
 		walls |= WALL_PRIVILEGES;
 	walls |= sandbox_landlock();
 	sandbox_trap(control);
-	return walls | (sandbox_seccomp(FOR_WORKER) ? WALL_SECCOMP : 0);
+	return walls | (sandbox_seccomp(FOR_WORKER | (config.inetd ? FOR_INETD : 0), last) ? WALL_SECCOMP : 0);
 }
 
 /* `closed`: by the binary before us, whose list is still in force; each further one would slow every call. The supervisor
@@ -7566,7 +7669,7 @@ sandbox_supervisor(bool closed)
 {
 	sandbox_undumpable();
 	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && !closed)
-		sandbox_seccomp(FOR_SUPERVISOR);
+		sandbox_seccomp(FOR_SUPERVISOR, -1);
 }
 
 /* Leaves the files that musl looks at for a name, wherever links of these names lead, and a name server's TCP port. Other
@@ -7597,7 +7700,7 @@ sandbox_resolver(void)
 	sandbox_undumpable();
 	if (prctl(NO_NEW_PRIVS, 1, 0, 0, 0) == 0) {
 		sandbox_names();
-		sandbox_seccomp(FOR_RESOLVER);
+		sandbox_seccomp(FOR_RESOLVER, -1);
 	}
 }
 
@@ -7605,7 +7708,7 @@ sandbox_resolver(void)
 
 /* What a worker has when its walls close, as far as the self-test needs it. The first of each pair is at the parent's end. */
 struct rehearsal {
-	int control[2], stream[2], listener, caller, epoll;
+	int control[2], stream[2], broken[2], listener, caller, epoll;
 	struct tls *tls;                     /* NULL: no certificate */
 	struct log *log;
 	char *page;
@@ -7655,25 +7758,32 @@ rehearse_epoll(struct rehearsal *r)
 static bool
 rehearse_accept(struct rehearsal *r)
 {
-	int fd = accept4(r->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC), one = 1;
+	int fd = r->listener < 0 ? -1 : accept4(r->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC), one = 1;
 
-	return fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &one, sizeof one) == 0 && shutdown(fd, SHUT_WR) == 0 && close(fd) == 0;
+	return r->listener < 0 || (fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &one, sizeof one) == 0 && shutdown(fd, SHUT_WR) == 0 && close(fd) == 0);
 }
 
-/* Whether anybody takes the connection is another question. */
+/* Whether anybody takes the connection is another question, and so are the rights of a socket's file. */
 static bool
 rehearse_connect(struct rehearsal *r)
 {
+	bool good = config.upstream.addrs == 0;
 	struct link l;
 
 	(void)r;
 	for (unsigned i = 0; i < config.upstream.addrs; i++) {
-		if (link_connect(&l, &config.upstream.addr[i]) == 0)
+		bool file = config.upstream.addr[i].ss.ss_family == AF_UNIX;
+		if (link_connect(&l, &config.upstream.addr[i]) == 0) {
 			link_close(&l, true);
-		else if (errno == EACCES || errno == EPERM || errno == ENOSYS || errno == EAFNOSUPPORT)
-			return false;
+			good = true;
+		} else if (errno == EACCES && file) {
+			say(STDERR_FILENO, "tinyauth: %s: this user may not connect to it; look at the rights of the socket and at --user\n",
+			    config.upstream.text);
+			good = true;
+		} else
+			good = good || (errno != EACCES && errno != EPERM && errno != ENOSYS && errno != EAFNOSUPPORT);
 	}
-	return true;
+	return good;
 }
 
 /* A client's hello is answered: with random bytes, the certificate and a signature. */
@@ -7715,34 +7825,33 @@ rehearse_memory(struct rehearsal *r)
 	return madvise(r->page, page_size(), MADV_DONTNEED) == 0 && munmap(r->page, page_size()) == 0;
 }
 
-/* The parent sends one when it reads that this is tried now. */
+/* Who writes where nobody reads gets one. */
 static bool
 rehearse_signal(struct rehearsal *r)
 {
-	struct pollfd p = {r->stream[1], 0, 0};
-
-	for (int i = 0; i < 100 && !rehearsal_signalled; i++)
-		poll(&p, 1, 10);
-	return rehearsal_signalled;
+	return write(r->broken[1], "x", 1) < 0 && errno == EPIPE && rehearsal_signalled;
 }
 
-enum { REHEARSE_SIGNAL = 9, REHEARSED = 0x7f, REHEARSAL_MS = 5000 };
+enum { REHEARSED = 0x7f, REHEARSAL_MS = 5000 };
 
 static const struct { const char *name; bool (*try)(struct rehearsal *); } REHEARSALS[] = {
 	{"look at the clock", rehearse_clock}, {"get random bytes", rehearse_random}, {"wait by poll", rehearse_poll},
 	{"wait by epoll", rehearse_epoll}, {"accept a connection", rehearse_accept}, {"connect to the upstream", rehearse_connect},
 	{"shake hands in TLS", rehearse_tls}, {"open the log anew", rehearse_log}, {"give memory back", rehearse_memory},
-	[REHEARSE_SIGNAL] = {"take a signal", rehearse_signal}};
+	{"take a signal", rehearse_signal}};
 
 /* Says the number of each step before it is taken; behind one that failed, its errno; at the end REHEARSED. */
 __attribute__((noreturn)) static void
 rehearsal_run(struct rehearsal *r, int root)
 {
 	unsigned char said;
+	sigset_t none;
 
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
 	alarm(REHEARSAL_MS / 1000);
-	signal(SIGUSR1, on_rehearsal);
-	if (sandbox_worker(root, r->control[1]) & WALL_ROOT)
+	signal(SIGPIPE, on_rehearsal);
+	if (sandbox_worker(root, r->control[1], -1) & WALL_ROOT)
 		sandbox_upstream();
 	for (said = 0; said < LENGTH(REHEARSALS); said++) {
 		send(r->control[1], &said, 1, MSG_NOSIGNAL);
@@ -7771,9 +7880,11 @@ rehearsal_prepare(struct rehearsal *r, const struct tls_pair *pair)
 	r->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	r->caller = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	r->epoll = epoll_create1(EPOLL_CLOEXEC);
-	/* with the family alone the kernel finds a name, which no file has */
-	return bind(r->listener, (struct sockaddr *)&un, sizeof un.sun_family) == 0 && listen(r->listener, 1) == 0 &&
-	       getsockname(r->listener, (struct sockaddr *)&un, &len) == 0 && connect(r->caller, (struct sockaddr *)&un, len) == 0 &&
+	/* with the family alone the kernel finds a name, which no file has; where that may not be, there is nothing to accept */
+	if (bind(r->listener, (struct sockaddr *)&un, sizeof un.sun_family) != 0 || listen(r->listener, 1) != 0 ||
+	    getsockname(r->listener, (struct sockaddr *)&un, &len) != 0 || connect(r->caller, (struct sockaddr *)&un, len) != 0)
+		r->listener = -1;
+	return socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r->broken) == 0 && close(r->broken[0]) == 0 &&
 	       socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r->control) == 0 &&
 	       socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, r->stream) == 0 &&
 	       word_send(r->control[0], 'L', r->stream[0]);
@@ -7781,7 +7892,7 @@ rehearsal_prepare(struct rehearsal *r, const struct tls_pair *pair)
 
 /* Hears a rehearsal to its end. */
 static bool
-rehearsal_hear(const struct rehearsal *r, int pid, struct mistake *m)
+rehearsal_hear(const struct rehearsal *r, struct mistake *m)
 {
 	struct pollfd p = {r->control[0], POLLIN, 0};
 	const char *name = "close the walls";
@@ -7801,8 +7912,6 @@ rehearsal_hear(const struct rehearsal *r, int pid, struct mistake *m)
 		}
 		if (said < LENGTH(REHEARSALS))
 			name = REHEARSALS[said].name;
-		if (said == REHEARSE_SIGNAL)
-			kill(pid, SIGUSR1);
 	}
 	return mistake_is(m, "behind the sandbox's walls a worker ends, or hangs, as it tries to %s", name);
 }
@@ -7819,7 +7928,7 @@ sandbox_rehearse(int root, const struct tls_pair *pair, struct mistake *m)
 	if (pid == 0)
 		rehearsal_run(&r, root);
 	close(r.control[1]);
-	bool good = rehearsal_hear(&r, pid, m);
+	bool good = rehearsal_hear(&r, m);
 	kill(pid, SIGKILL);
 	while (waitpid(pid, NULL, 0) < 0 && errno == EINTR)
 		continue;
@@ -7837,9 +7946,9 @@ sandbox_probe(int root)
 }
 
 static unsigned
-sandbox_worker(int root, int control)
+sandbox_worker(int root, int control, int last)
 {
-	(void)control;
+	(void)control, (void)last;
 	if (root >= 0)
 		close(root);
 	return 0;
@@ -7883,9 +7992,9 @@ sandbox_probe(int root)
 }
 
 static unsigned
-sandbox_worker(int root, int control)
+sandbox_worker(int root, int control, int last)
 {
-	(void)control;
+	(void)control, (void)last;
 	unsigned walls = geteuid() == 0 ? WALL_USER : 0;
 
 	if (walls != 0 && root >= 0 && fchdir(root) == 0 && chroot(".") == 0 && chdir("/") == 0)
@@ -8057,10 +8166,10 @@ name_answer(int from, const char *asked, struct addr found[UPSTREAM_ADDRS])
 	return good;
 }
 
-/* Looks up a name at start, where waiting is allowed. `failure`: the exit status when it has no address; EXIT_SUCCESS: 0 is
- * returned then. */
+/* Looks up a name at start, where waiting is allowed, for `ms`. `failure`: the exit status when it has no address; EXIT_SUCCESS: 0
+ * is returned then. */
 static unsigned
-name_find(const char *text, const char *option, bool passive, struct addr found[UPSTREAM_ADDRS], int failure)
+name_find(const char *text, const char *option, bool passive, struct addr found[UPSTREAM_ADDRS], int ms, int failure)
 {
 	int pid = 0, status = 0, from = name_ask(text, passive, NULL, NULL, &pid);
 	struct pollfd answer = {from, POLLIN, 0};
@@ -8069,7 +8178,7 @@ name_find(const char *text, const char *option, bool passive, struct addr found[
 		return 0;
 	if (from < 0)
 		die(EXIT_FAILURE, "--%s: '%s': no process to look up the name: %s", option, text, strerror(errno));
-	while (poll(&answer, 1, RESOLVE_MS) < 0 && errno == EINTR)
+	while (poll(&answer, 1, ms) < 0 && errno == EINTR)
 		continue;
 	if (answer.revents == 0)
 		kill(pid, SIGKILL);                  /* with addresses of one family told it ends by itself */
@@ -8090,18 +8199,18 @@ names_find_listen(int failure)
 	struct addr found[UPSTREAM_ADDRS];
 
 	for (unsigned i = 0; i < config.listens; i++)
-		if (config.listen[i].len == 0 && name_find(config.listen[i].text, "listen", true, found, failure) > 0)
+		if (config.listen[i].len == 0 && name_find(config.listen[i].text, "listen", true, found, RESOLVE_MS, failure) > 0)
 			config.listen[i] = found[0];
 }
 
 /* The upstream's name, at start. */
 static void
-names_find_upstream(int failure)
+names_find_upstream(int ms, int failure)
 {
 	struct addr found[UPSTREAM_ADDRS];
 
 	if (config.upstream.named && config.upstream.addrs == 0) {
-		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, failure);
+		config.upstream.addrs = name_find(config.upstream.text, "upstream", false, found, ms, failure);
 		memcpy(config.upstream.addr, found, config.upstream.addrs * sizeof *found);
 		upstream_host(&config.upstream);
 	}
@@ -8337,24 +8446,22 @@ worker_gather_poll(struct worker *w, bool accepting)
 	}
 }
 
-/* A worker whose places are taken leaves the listeners to those of its server that have some. */
-static bool
-worker_yields(struct worker *w)
+/* Tells the other workers whether there is room for a connection here. */
+static void
+worker_tell_room(struct worker *w)
 {
 	uint32_t room = w->conns.left > 0 && !w->draining ? w->server : 0;
 
-	if (w->row == NULL)
-		return false;
-	if (atomic_load_explicit(&w->row->room, memory_order_relaxed) != room)
-		atomic_store_explicit(&w->row->room, room, memory_order_relaxed);
-	return w->conns.left == 0 && table_room_elsewhere(w->table, w->row, w->server);
+	if (w->row != NULL && atomic_load_explicit(&w->row->room, memory_order_relaxed) != room)
+		atomic_store(&w->row->room, room);   /* before a look at theirs: of two that fill up at once one sees it */
 }
 
 static void
 worker_gather(struct worker *w)
 {
-	bool yields = worker_yields(w), accepting = !w->draining && w->now_ns >= w->accept_ns && !yields;
+	bool accepting = !w->draining && w->now_ns >= w->accept_ns;
 
+	worker_tell_room(w);
 	w->many = w->epoll >= 0 && (w->used > POLL_MANY || (w->many && w->used > 0));   /* who is parked never comes back */
 	if (!w->many) {
 		worker_gather_poll(w, accepting);
@@ -8583,6 +8690,24 @@ worker_admits(struct worker *w, const struct sockaddr_storage *peer, bool secure
 	return w->conns.left > 0 || worker_make_room(w) ? R_NONE : R_FULL;
 }
 
+/* A worker whose places are taken leaves a connection to those of its server that have some. Who has done nothing by the time that it
+ * looks again, while somebody still waits, is stuck: then it goes on as if it were alone. */
+static bool
+worker_yields(struct worker *w)
+{
+	uint64_t events;
+
+	worker_tell_room(w);
+	if (w->conns.left > 0 || w->row == NULL || !table_room_elsewhere(w->table, w->row, w->server, &events))
+		return w->knocked = false;
+	if (w->knocked && w->knocked_events == events)
+		return w->knocked = false;
+	w->knocked = true;
+	w->knocked_events = events;
+	w->accept_ns = w->now_ns + ACCEPT_PAUSE_MS * NS_PER_MS;
+	return true;
+}
+
 /* Takes what waits on a listener. When descriptors or memory run out, accepting pauses instead of spinning. */
 static void
 worker_accept(struct worker *w, int listener, bool secure)
@@ -8714,6 +8839,24 @@ worker_greets(struct worker *w, int asking, int asked)
 	return good;
 }
 
+/* Up to which descriptor there are listeners; what is free below is filled, so that no connection comes to lie there. -1: none. */
+static int
+worker_last_listener(const struct worker *w)
+{
+	int last = -1, fd;
+
+	for (unsigned i = 0; i < w->listeners; i++)
+		last = last > w->listener[i] ? last : w->listener[i];
+	if (w->control < last)               /* not as a server of ours lays them */
+		return -1;
+	do
+		fd = last < 0 ? -1 : fcntl(w->control, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+	while (fd >= 0 && fd < last);
+	if (fd >= 0)
+		close(fd);
+	return last;
+}
+
 /* Takes everything that serving needs, then closes the sandbox behind it. */
 static void
 worker_ready(struct worker *w, int root, unsigned expected)
@@ -8732,8 +8875,10 @@ worker_ready(struct worker *w, int root, unsigned expected)
 	w->sweep_ns = UINT64_MAX;
 	w->now_ns = clock_ns();
 	w->wall_ms = clock_wall_ms();
-	bool greets = w->control >= 0 && socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0;
-	unsigned walls = sandbox_worker(root, w->control), missing = expected & ~walls;
+	bool greets = w->control >= 0;
+	if (greets && socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) != 0)
+		die(EXIT_FAILURE, "a worker cannot ask itself whether it serves: %s", strerror(errno));
+	unsigned walls = sandbox_worker(root, w->control, worker_last_listener(w)), missing = expected & ~walls;
 	if (walls & WALL_ROOT)
 		sandbox_upstream();
 	if (greets && !worker_greets(w, ends[0], ends[1]))
@@ -8761,7 +8906,7 @@ worker_run(struct worker *w)
  * SUPERVISOR
  * Owns: listeners, children, generations, signals; publishes the keys; renews the certificate and the upstream's addresses;
  *       speaks to the service manager; hands everything over to a new binary. Also -i, which has no supervisor
- * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, CERTIFICATE, CONN (under -i), SANDBOX, WORKER
+ * Calls: BASICS, LOG, CONFIG, KEYS, TABLE, CERTIFICATE, LINK (options of listeners), CONN (under -i), SANDBOX, WORKER
  * Promises: a dead worker is replaced; a bad keys file or certificate leaves the old one in force; an upgrade loses no
  *           connection
  * Never: reads a client's byte, but under -i, where this process is the worker
@@ -9019,7 +9164,7 @@ child_run(const struct supervisor *s, int control)
 	w->sessions = s->sessions;
 	w->row = table_row_take(s->table, supervisor_state(s));
 	w->control = control;
-	w->server = (uint32_t)getppid();
+	w->server = s->id;
 	w->listeners = s->listeners;
 	memcpy(w->listener, s->listener, sizeof w->listener);
 	memcpy(w->secure, s->secure, sizeof w->secure);
@@ -9136,7 +9281,8 @@ child_hear(struct supervisor *s, struct child *child)
 				supervisor_relieve(s, child);
 			} else if (words[k] == 'R') {
 				s->unreached = true;
-				uint64_t again_ns = s->resolved_ns + RESOLVE_AGAIN_MS * NS_PER_MS;
+				bool moved = s->moved_ns != 0 && s->now_ns - s->moved_ns < RESOLVE_EVERY_MS * NS_PER_MS;
+				uint64_t again_ns = s->resolved_ns + (moved ? RESOLVE_EVERY_MS : RESOLVE_AGAIN_MS) * NS_PER_MS;
 				if (s->resolver == 0 && s->resolve_ns > again_ns)
 					s->resolve_ns = again_ns;
 			}
@@ -9163,7 +9309,7 @@ supervisor_reap(struct supervisor *s)
 			child++;
 		if (child == s->child + s->children)
 			continue;
-		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && !s->proven)
+		if (WIFEXITED(status) && WEXITSTATUS(status) == EX_NOPERM && child->generation > 0 && !s->proven)
 			s->hopeless = EX_CONFIG;
 		child_hear(s, child);
 		s->failed += child->generation > 0 && !s->proven;
@@ -9373,15 +9519,18 @@ static void
 supervisor_watch_root(struct supervisor *s)
 {
 	const struct sockaddr_un *un = (const struct sockaddr_un *)&config.upstream.addr[0].ss;
-	struct stat held, named;
+	struct stat held, named, top;
 
-	if (s->root < 0 || un->sun_family != AF_UNIX)
+	if (s->root < 0 || un->sun_family != AF_UNIX || (s->moved_ns != 0 && s->now_ns - s->moved_ns < ROOT_REST_MS * NS_PER_MS))
 		return;
 	int fd = directory_open(un->sun_path);
-	if (fd >= 0 && fstat(s->root, &held) == 0 && fstat(fd, &named) == 0 && !stat_same(&held, &named)) {
+	/* no way for somebody else to the whole file system, or to a new generation in every turn */
+	if (fd >= 0 && fstat(s->root, &held) == 0 && fstat(fd, &named) == 0 && stat("/", &top) == 0 && !stat_same(&held, &named) &&
+	    !stat_same(&top, &named) && (named.st_uid == held.st_uid || named.st_uid == 0)) {
 		int old = s->root;
 		s->root = fd;
 		fd = old;
+		s->moved_ns = s->now_ns;
 		log_note(s->log, "upstream_moved", "its socket's directory was made anew");
 		s->due = true;
 	}
@@ -9430,7 +9579,8 @@ upgrade_checks(const struct supervisor *s)
 		int null = open("/dev/null", O_WRONLY);
 		if (null >= 0)
 			dup2(null, STDOUT_FILENO);
-		execv(s->binary, argv);
+		if (setenv("TINYAUTH_UPGRADE", "1", 1) == 0)
+			execv(s->binary, argv);
 		_exit(127);
 	}
 	free(argv);
@@ -9577,6 +9727,7 @@ supervisor_inherit(struct supervisor *s)
 
 	if (text == NULL)
 		return;
+	s->upgraded = true;
 	for (unsigned i = 0; i < SHARED_COUNT; i++)
 		s->shared[i] = (int)strtol(text, &text, 10);
 	s->bound = strtol(text, &text, 10) != 0;
@@ -9725,6 +9876,7 @@ supervisor_resolved(struct supervisor *s)
 	if (n == 0 || (same == n && n == u->addrs) || (same > 0 && !wanted))
 		return;
 	log_note(s->log, u->addrs == 0 ? "upstream_found" : "upstream_moved", found[0].text);
+	s->moved_ns = s->now_ns;
 	memcpy(u->addr, found, n * sizeof *found);
 	u->addrs = n;
 	upstream_host(u);
@@ -9777,6 +9929,9 @@ static void
 supervisor_stop(struct supervisor *s)
 {
 	s->draining = true;
+	s->kill_ns = s->now_ns + (config.drain_ms + HURRY_MS) * NS_PER_MS;   /* a worker that hangs does not end by itself */
+	if (s->resolver != 0)
+		kill(s->resolver, SIGKILL);
 	supervisor_notify(s, "STOPPING=1\n");
 	log_note(s->log, "draining", NULL);
 	for (unsigned i = 0; i < s->listeners; i++) {
@@ -9871,6 +10026,7 @@ supervisor_obey(struct supervisor *s)
 		return;
 	if (signal_usr2 && !(signal_usr2 = 0)) {
 		supervisor_notify_reloading(s);
+		supervisor_notify(s, "WATCHDOG=1\n");        /* the check may take a while */
 		supervisor_upgrade(s);
 		supervisor_notify_ready(s);
 	}
@@ -9943,15 +10099,23 @@ supervisor_binary(const char *argv0)
 	return n > 0 ? (path[n] = '\0', path) : argv0;
 }
 
-/* The shared table: that of the file, with `least` rows or more, else a new one with `rows`. */
+/* The shared table: that of the file, with `least` rows or more, else a new one with `rows`. After an upgrade any will do. */
 static struct table *
-table_from_config(uint64_t least, uint64_t rows, int *fd)
+table_from_config(uint64_t least, uint64_t rows, int *fd, bool upgraded)
 {
+	struct mistake m;
 	bool aside;
 
 	if (config.state == NULL)
 		return table_new(rows, config.max_conns, fd);
-	struct table *t = table_open(config.state, least, rows, config.max_conns, fd, &aside);
+	struct table *t = table_open(config.state, least, rows, config.max_conns, fd, &aside, &m);
+	if (t == NULL && !upgraded)
+		die(EX_CONFIG, "%s", m.text);
+	if (t == NULL) {                     /* the server that runs must not end for it */
+		say(STDERR_FILENO, "tinyauth: %s; serving goes on without it\n", m.text);
+		config.state = NULL;
+		return table_new(rows, config.max_conns, fd);
+	}
 	if (aside)
 		say(STDERR_FILENO, "tinyauth: %s: was no table of this version and size; set aside as %s.old\n", config.state, config.state);
 	table_recover(t, *fd, 0);
@@ -9959,11 +10123,13 @@ table_from_config(uint64_t least, uint64_t rows, int *fd)
 }
 
 static struct log *
-log_new_from_config(void)
+log_new_from_config(bool upgraded)
 {
 	struct log *log = map_new(sizeof *log, MAP_PRIVATE);
 	int fd = config.log != NULL ? log_open_file(config.log) : STDERR_FILENO;
 
+	if (fd < 0 && upgraded)
+		fd = STDERR_FILENO;
 	if (fd < 0)
 		die(EX_CONFIG, "%s: cannot be opened for the log: %s; name another with --log", config.log, strerror(errno));
 	log->format = config.log_format;
@@ -10022,16 +10188,18 @@ supervisor_run(char *const *argv)
 	for (size_t i = 0; i < SHARED_COUNT; i++)
 		s->shared[i] = -1;
 	s->watched[WATCHED_KEYS].path = config.keys;
+	random_fill(&s->id, sizeof s->id);
+	s->id |= 1;
 	s->now_ns = s->active_ns = s->start_ns = clock_ns();
 	supervisor_signals();
 	uint64_t asked = config.max_conns, rows = ROWS_PER_WORKER * config.workers;
 	supervisor_descriptors();
 	keys_must_be_named(EX_CONFIG);
-	names_find_upstream(EXIT_SUCCESS);           /* it may come later */
 	supervisor_listen(s);
+	names_find_upstream(RESOLVE_START_MS, EXIT_SUCCESS);   /* it may come later */
 	supervisor_inherit(s);
 	if (s->table == NULL)
-		s->table = table_from_config(rows, rows, &s->shared[SHARED_TABLE]);
+		s->table = table_from_config(rows, rows, &s->shared[SHARED_TABLE], s->upgraded);
 	else if (config.state != NULL)
 		table_recover(s->table, s->shared[SHARED_TABLE], 0);
 	if (!supervisor_publish(s, &bad) && s->keys == NULL)   /* an upgrade goes on with the keys it was handed */
@@ -10041,7 +10209,7 @@ supervisor_run(char *const *argv)
 	struct tls_pair *pair = pair_from_config(EX_CONFIG);
 	if (pair != NULL && s->sessions == NULL)
 		s->sessions = sessions_new(&s->shared[SHARED_SESSIONS]);
-	s->log = log_new_from_config();
+	s->log = log_new_from_config(s->upgraded);
 	if (pair != NULL)
 		supervisor_certify(s, pair);
 	supervisor_notify_open(s);
@@ -10131,15 +10299,15 @@ inetd_run(void)
 	bool mute = inetd_mute(in, out);
 	keys_must_be_named(EX_CONFIG);
 	inetd_peer(in, &peer);
-	names_find_upstream(EXIT_SUCCESS);
+	names_find_upstream(RESOLVE_MS, EXIT_SUCCESS);
 	if (!supervisor_publish(s, &bad))
 		return EX_CONFIG;
 	config.max_conns = 1;
 	w->keys = s->keys;
 	w->pair = pair_from_config(EX_CONFIG);
-	w->table = table_from_config(1, config.state != NULL ? INETD_ROWS : 1, table_fd);
+	w->table = table_from_config(1, config.state != NULL ? INETD_ROWS : 1, table_fd, false);
 	w->row = table_row_take(w->table, supervisor_state(s));
-	w->log = log_new_from_config();
+	w->log = log_new_from_config(false);
 	w->log->off = mute && config.log == NULL;
 	if (config.state == NULL)
 		log_note(w->log, "limits_not_shared", "they hold for this connection alone; share them with --state FILE");
@@ -10577,8 +10745,10 @@ command_check(void)
 	int fd;
 
 	keys_must_be_named(EXIT_FAILURE);
-	names_find_listen(EXIT_FAILURE);
-	names_find_upstream(EXIT_FAILURE);
+	if (getenv("TINYAUTH_UPGRADE") == NULL) {   /* asked by the binary before, which serves, and knows all names */
+		names_find_listen(EXIT_FAILURE);
+		names_find_upstream(RESOLVE_MS, EXIT_FAILURE);
+	}
 	check_written("log", config.log);
 	check_written("state", config.state);
 	if (config.keys != NULL && !keys_read(config.keys, &file, &bad))
@@ -10640,7 +10810,7 @@ probe_read(const char *url, struct addr *a, struct slice *path)
 	    port ? "" : scheme.n == 8 ? ":443" : ":80");
 	if (!addr_read(host, a, &n, false, &m))
 		die(EX_USAGE, "check --url: %s", m.text);
-	if (n == 0 && name_find(host, "url", false, found, EXIT_FAILURE) > 0)
+	if (n == 0 && name_find(host, "url", false, found, RESOLVE_MS, EXIT_FAILURE) > 0)
 		*a = found[0];
 }
 

@@ -73,6 +73,8 @@ enum {
 
 	RETRY_MS_MAX = 30000,        /* clients are not told to wait longer than this: to their users they would seem to hang */
 
+	BEAR_MS = 30000,             /* how often an upstream that is waited for is looked at whether it lives; less than GONE_MS */
+	ROOT_REST_MS = 5000,         /* time between two generations for a directory that was made anew */
 	STRETCH_MS = 30000,          /* a request body is looked at over so long */
 	STRETCH_BYTES = 30 << 10,    /* and cut when fewer bytes came */
 
@@ -95,6 +97,7 @@ enum {
 	RESOLVE_MS = 12000,          /* for a name to be looked up */
 	RESOLVE_EVERY_MS = 30000,    /* time between two looks at the upstream's name */
 	RESOLVE_AGAIN_MS = 2000,     /* the same while it has no address, or none that takes connections */
+	RESOLVE_START_MS = 1000,     /* at start: for the upstream's name, before serving begins without an address of it */
 	RESOLVE_REST_MS = 2000,      /* with IPv4 addresses in hand: for a name server to tell of IPv6 ones */
 	PINGS_MAX = 3,               /* a worker that leaves more pings unanswered is stuck, and killed */
 	UPSTREAM_ADDRS = 4,          /* addresses tried for one upstream name */
@@ -119,9 +122,9 @@ enum {
 	CHECK_MS = 10000,            /* for a new binary to check what it would run */
 	STOP_IDLE_MS = 5000,         /* when the server stops: for the next request of an idle connection */
 	STOP_HALF_MS = 500,          /* the same for a handshake or a head to become whole */
-	TRIM_MS = 2000,              /* time between two looks for buffers that nobody has used since */
+	TRIM_MS = 2000,              /* time between two looks for buffers that nobody uses */
 	TRIM_KEEP = 8,               /* buffers that keep their memory all the same */
-	HURRY_MS = 500,              /* after a second TERM: for workers to end by themselves */
+	HURRY_MS = 500,              /* after a second TERM, or when draining is over: for workers to end by themselves */
 	RESPAWN_FIRST_MS = 50,       /* delay before a worker that died young is replaced, doubling to */
 	RESPAWN_MAX_MS = 1000,
 	YOUNG_MS = 1000,             /* a worker that lived shorter died young */
@@ -308,7 +311,7 @@ struct fate_slot {
 struct conn_row {
 	_Alignas(64) _Atomic uint32_t taken;  /* process id of the worker that has it; 0: none */
 	_Atomic uint32_t used;       /* entries that may be other than 0 */
-	_Atomic uint32_t room;       /* process id of the supervisor whose worker this is, while it has room for another connection */
+	_Atomic uint32_t room;       /* the server whose worker this is, a random number, while it has room for another connection */
 	_Atomic uint64_t events;     /* connections that it took and requests that began, ever */
 	_Atomic uint64_t requests;   /* in flight */
 };
@@ -455,7 +458,7 @@ enum state {
 struct request {
 	uint64_t begin_ns, first_ns; /* head complete; first byte of the answer. CLOCK_MONOTONIC */
 	uint64_t in;                 /* bytes of the head */
-	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut */
+	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut; in S_WAIT: when the answer is too late */
 	uint64_t stretch_ns, stretch_in;  /* end of this stretch of time; body bytes before it */
 	const char *detail;          /* of the reason: configured or constant text */
 	const char *why;             /* what was wrong with the upstream's answer: constant text, or NULL */
@@ -475,6 +478,7 @@ struct request {
 	bool close;                  /* the client connection ends with this request */
 	bool quiet;                  /* no access line */
 	bool page;                   /* as in struct head */
+	bool portless;               /* no address could be tried for want of a local one */
 	char method[METHOD_MAX];
 	char id[ID_MAX];
 	char path[PATH_KEPT];
@@ -536,7 +540,9 @@ struct worker {
 	bool secure[LISTEN_MAX];     /* this listener speaks TLS */
 	unsigned listeners;
 	int control;                 /* from the supervisor; its end means that it is gone */
-	uint32_t server;             /* the supervisor's process id; 0: none, under -i */
+	uint32_t server;             /* whose worker this is, a random number; 0: nobody's, under -i */
+	bool knocked;                /* somebody waited at a listener while all places were taken, and others had some; */
+	uint64_t knocked_events;     /* what those had done by then */
 	int epoll;                   /* -1: none, all go in the poll set */
 	unsigned called;             /* bits: listeners, and behind them control, that are ready in this turn */
 	bool many;                   /* all wait in the epoll set */
@@ -601,7 +607,9 @@ struct supervisor {
 	uint64_t pet_ns;             /* when the next one is due */
 	bool resolved;               /* the child is gone, its answer is there */
 	bool unreached;              /* a worker could not connect since the name was looked up last */
-	uint64_t resolved_ns;        /* when that was */
+	uint64_t resolved_ns, moved_ns;  /* when that was; when it meant other addresses last */
+	uint32_t id;                 /* of this server in the shared table, a random number */
+	bool upgraded;               /* took over from a binary before */
 	int hopeless;                /* exit status: a worker could not give up root, or none comes to serve; 0: there is hope */
 	bool proven;                 /* one serves */
 	bool told_ready;             /* and that was told */

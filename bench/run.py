@@ -140,7 +140,7 @@ class Bench:
     def work(self, row, proxy, number, *words, mode="requests", unit="done", scale=1, check=lambda got: True):
         """CPU time a unit of work, then how much work a second."""
         got = self.load(proxy, mode, *words)
-        if got and got[unit] > 0 and check(got):
+        if got and got[unit] > 0 and got["cpu_ns"] > 0 and check(got):
             self.figures.add(f"{row}_cpu", proxy.name, number, got["cpu_ns"] / 1e3 / got[unit] * scale)
         got = self.load(proxy, mode, *words, pinned=False)
         if got and check(got):

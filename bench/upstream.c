@@ -1,6 +1,7 @@
 /* upstream: a stand-in model server that costs as little as it can.
  *
- *     upstream N [ADDRESS]    serves on N free ports of 127.0.0.1 or ADDRESS, which it prints on one line, until it is ended
+ *     upstream N [ADDRESS [stay]]     serves on N free ports of 127.0.0.1 or ADDRESS, which it prints on one line, until it is
+ *                                     ended; with `stay` it leaves the end of each connection to the other side
  *
  * What a request gets depends on its target alone, so that the same requests pass any policy in front of it:
  *
@@ -73,6 +74,7 @@ static char event[] = CHUNK
 	"data: {\"t\":                    ,\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1767225600,"
 	"\"model\":\"tiny\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\" word\"},\"finish_reason\":null}]}\n\n" "\r\n";
 
+static bool stays;
 static int epfd;
 static struct conn *slot[SLOTS];
 static unsigned streams_begun, streams_open;
@@ -250,7 +252,7 @@ take_head(struct conn *c, char *end)
 		return false;                /* nothing here sends chunked bodies, and no proxy should make one */
 	c->chunked = strstr(c->head, " HTTP/1.1") != NULL;
 	connection = field(c->head, "\nconnection:");
-	c->close_after = connection != NULL ? strncasecmp(connection, "close", 5) == 0 : !c->chunked;
+	c->close_after = stays ? false : connection != NULL ? strncasecmp(connection, "close", 5) == 0 : !c->chunked;
 	length = field(c->head, "\ncontent-length:");
 	c->body_left = length != NULL ? strtoull(length, NULL, 10) : 0;
 
@@ -327,6 +329,7 @@ main(int argc, char **argv)
 
 	if (strtoul(event, NULL, 16) != sizeof event - 1 - (sizeof CHUNK - 1) - 2)
 		return fprintf(stderr, "upstream: a chunk's length is wrong\n"), 1;
+	stays = argc > 3 && strcmp(argv[3], "stay") == 0;
 	signal(SIGPIPE, SIG_IGN);
 	prctl(PR_SET_TIMERSLACK, 1000ul);                /* ns: events leave when they are due */
 	epfd = epoll_create1(0);

@@ -39,7 +39,7 @@ sys.path.insert(1, str(HERE / "tls"))
 from model import BLOCK, pattern, pieces  # noqa: E402
 from secure import Ragged, SecureSocket, self_signed  # noqa: E402
 
-WATCHDOG = 150                      # seconds for the whole run
+WATCHDOG = 240                      # seconds for the whole run
 WATCHDOG_TLS = 400
 HOST = "models.test:8080"
 ALICE = "alice-Secret-0123456789"
@@ -1684,7 +1684,7 @@ def test_stream_arrives_as_it_is_sent(lab):
     """50 events 20 ms apart: the median delay added is under 1 ms, and none is merged with the next."""
     tinyauth = lab.tinyauth()
     for target in ("/api/generate", "/v1/chat/completions"):
-        for _ in range(3):          # another process on the machine can hold up a reader, but not three times
+        for _ in range(10):         # other processes on the machine can hold up a reader, but not ten times
             _, direct = stream_delays(("127.0.0.1", lab.shared.port), target)
             gap, through = stream_delays(tinyauth.address, target)
             if gap > 2 and through - direct < 1:

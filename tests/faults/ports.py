@@ -5,9 +5,10 @@
 
 Who closes a connection first holds its ports for a minute (TIME_WAIT). If that were tinyauth, an upstream at another address
 could be asked as often in a minute as there are local ports, and no more. So 200 ports have to do for 2,000 requests, to an
-upstream on loopback and to one at another address, on kept client connections and on new ones; then requests come at a steady
-rate for 10 s, in which more of them come than there are ports. --minute: 2,000 a second for a minute, with the ports that Linux
-has by default. Each request must be answered by the upstream.
+upstream on loopback and to one at another address, on kept client connections and on new ones, and to an upstream that ends no
+connection; then requests come at a steady rate for 10 s, in which more of them come than there are ports. --minute: 2,000 a
+second for a minute, with the ports that Linux has by default. Each request must be answered by the upstream, and tinyauth may
+hold the ports of one in fifty.
 
 Everything runs in two network namespaces that are made for it: tinyauth in one, the upstream and its clients in the other (on
 loopback all in the first). Needs root, ip, ss and gcc. The last line is `N passed, N failed`.
@@ -101,12 +102,12 @@ def wait_ready(process, log):
 
 
 @contextlib.contextmanager
-def serving(ground, loopback):
+def serving(ground, loopback, stays):
     """An upstream, and a tinyauth in front of it. Gives where to ask, from where, and the upstream's port."""
     name, address, door = (ground.ours, "127.0.0.1", "127.0.0.1") if loopback else (ground.theirs, THEIRS, OURS)
     log = ground.directory / "log"
     log.write_text("")
-    upstream = ground.start(name, ground.directory / "upstream", 1, address, stdout=subprocess.PIPE)
+    upstream = ground.start(name, ground.directory / "upstream", 1, address, *(["stay"] if stays else []), stdout=subprocess.PIPE)
     try:
         port = int(upstream.stdout.readline())
         with open(log, "a") as errors:
@@ -122,13 +123,13 @@ def serving(ground, loopback):
         upstream.stdout.close()
 
 
-def ask(ground, loopback, *words, ports=None, timeout=150):
+def ask(ground, loopback, *words, ports=None, stays=False, timeout=150):
     """Asks as `words` say, and tells what came of it."""
     default = run(*ground.inside(ground.ours, "cat", "/proc/sys/net/ipv4/ip_local_port_range")).split()
     if ports:
         ground.ports(*ports)
     try:
-        with serving(ground, loopback) as (name, door, port):
+        with serving(ground, loopback, stays) as (name, door, port):
             said = run(*ground.inside(name, ground.directory / "load", "requests", "-a", door, "-p", PORT, "-K", KEY, "-w", 0,
                                       *CHAT, *words), timeout=timeout)
             got = json.loads(said.splitlines()[-1])
@@ -140,6 +141,7 @@ def ask(ground, loopback, *words, ports=None, timeout=150):
     told = (f"{got['done']} requests in {got['seconds']:.1f} s, {got['done'] / got['seconds']:.0f}/s, {got['failed']} failed, "
             f"{got['wrong_status']} of another status; ports held: {got['held']} by tinyauth, {got['theirs']} by the upstream")
     assert got["failed"] == got["wrong_status"] == 0 and not refused, f"{told}; {refused[:1]}"
+    assert got["held"] <= got["done"] // 50, f"tinyauth ends too many itself: {told}"
     return got, told
 
 
@@ -150,6 +152,10 @@ def few_kept(ground, loopback):
 def few_new(ground, loopback):
     """On loopback the clients' own ports are among the few: each of their source addresses has all of them."""
     return ask(ground, loopback, "-c", 8, "-N", 400, "-n", ports=FEW)[1]
+
+
+def few_staying(ground, loopback):
+    return ask(ground, loopback, "-c", 16, "-N", 2000, ports=FEW, stays=True)[1]
 
 
 def steady(ground, loopback, minute):
@@ -165,6 +171,7 @@ def tests(minute):
         where = "loopback" if loopback else "another address"
         yield f"200 ports, {where}, 2,000 requests", lambda ground, here=loopback: few_kept(ground, here)
         yield f"200 ports, {where}, 400 clients", lambda ground, here=loopback: few_new(ground, here)
+        yield f"200 ports, {where}, an upstream that stays", lambda ground, here=loopback: few_staying(ground, here)
         yield (f"{RATE} a second, {where}, {'a minute' if minute else '10 s and 2,000 ports'}",
                lambda ground, here=loopback: steady(ground, here, minute))
 

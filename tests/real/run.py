@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import compare  # noqa: E402
 import e2e  # noqa: E402
 from e2e import ALICE, Client, Cut, Lab, Run, Started, request, same, until  # noqa: E402
-from servers import Llama, Ollama, Tap  # noqa: E402
+from servers import Llama, Ollama, Server, Tap  # noqa: E402
 
 WATCHDOG = 900
 OWNER = 12345                           # nobody else's
@@ -38,6 +38,12 @@ CHAT = [{"role": "user", "content": "open the door"}]
 
 # What tinyauth is to do and does not do yet, and what is missing.
 NOT_YET = {
+    "test_llama_unix_socket_of_another": "EACCES of a unix upstream is told with the socket's mode and owner",
+    "test_llama_unix_socket_of_another_checked": "`check` looks at a unix upstream's mode",
+    "test_ollama_foreign_origin": "Origin is dropped on the way to the server",
+    "test_llama_ready": "/ready",
+    "test_ollama_streams_are_not_to_be_held": "X-Accel-Buffering on streams",
+    "test_llama_foreign_origin": "Origin is dropped on the way to the server",
 }
 
 
@@ -85,7 +91,7 @@ def post(target, body, *fields, key=ALICE, host=e2e.HOST, **more):
 
 
 def speech(server, tokens=1900, stream=True, words=3):
-    """(target, body) of a request that keeps the slow model busy for seconds; words of the prompt are one token each."""
+    """(target, body) of a request that keeps the slow model busy for seconds; a word of the prompt is some tokens."""
     messages = [{"role": "user", "content": "door " * words}]
     if server.kind == "llama":
         return "/v1/chat/completions", {"messages": messages, "max_tokens": tokens, "stream": stream, "cache_prompt": False}
@@ -127,11 +133,11 @@ def begin(server, way, lines=3, **more):
     return client
 
 
-def idle(server):
-    """Wait until the server works for nobody."""
+def idle(server, mark):
+    """Wait until the server works for nobody. llama-server's log is read: asking it would keep it from seeing that a client left."""
     straight = Way(server)
     if server.kind == "llama":
-        until(lambda: not any(slot["is_processing"] for slot in straight.ask("GET", "/slots").json()), "idle slots", 30)
+        server.wait("stop processing", mark, timeout=60)
     else:
         target, body = speech(server, tokens=1, stream=False)
         same(straight.ask("POST", target, body=json.dumps(body).encode()).status, 200, "a short request")
@@ -156,6 +162,8 @@ def judged(lab, server, cases):
         if entry[0] == server.kind and any(re.fullmatch(entry[1], name) for name in names) and entry not in seen:
             wrong.append(f"no longer unlike: {entry}")
     assert not wrong, f"{len(wrong)} differences\n        " + "\n        ".join(wrong[:20])
+    lab.shared.note(f"{len(cases)} cases alike, but for: " + "; ".join(
+        f"{name} ({what}): {why}" for _, name, what, why in sorted(seen)) + (" and " if seen else "") + "what is not compared")
     return len(cases)
 
 
@@ -179,14 +187,18 @@ def test_ollama_direct_against_through(lab):
 
 def leave(server, way, how):
     """How long after its client left the server stopped; None if it did not within 6 s, while there was work for more."""
-    blocker = begin(server, Way(server)) if how == "queued" else None
     mark = server.mark()
+    blocker = Client(server.address) if how == "queued" else None
+    if blocker:                         # not a stream: while one runs, llama-server looks after no other client
+        Way(server).post(blocker, *speech(server, stream=False))
+        server.wait(server.BEGUN, mark)
+        mark = server.mark()
     client = Client(way.address)
     if how in ("three events", "half-close", "reset"):
         client.close()
         client = begin(server, way)
     else:
-        words = 1500 if how == "before the first token" else 3
+        words = 60 if how == "before the first token" else 3
         way.post(client, *speech(server, stream=how != "whole answer", words=words))
         if how == "queued" and server.kind == "llama":
             until(lambda: b"requests_deferred 1" in Way(server).ask("GET", "/metrics").body, "queued request")
@@ -207,7 +219,7 @@ def leave(server, way, how):
     client.close()
     if blocker:
         blocker.close()
-    idle(server)
+    idle(server, mark)
     return took
 
 
@@ -217,7 +229,7 @@ def leaving(lab, server):
     for how in ("three events", "before the first token", "queued", "whole answer", "half-close", "reset"):
         straight, through = leave(server, Way(server), how), leave(server, Way(server, tinyauth), how)
         table.append(f"{how} {seconds(straight)} and {seconds(through)}")
-        if straight is not None and (through is None or through > straight + 1):
+        if straight is not None and (through is None or through > max(straight, server.LOOKS) + 1):
             wrong.append(table[-1])
     assert not wrong, "the server went on: " + "; ".join(wrong)
     lab.shared.note(f"{server.kind} stops after its client left, direct and through: " + "; ".join(table))
@@ -235,6 +247,21 @@ def test_llama_stops_when_its_client_leaves(lab):
 def test_ollama_stops_when_its_client_leaves(lab):
     """The same of Ollama, which answers the next request at once."""
     leaving(lab, lab.shared.get("ollama"))
+
+
+def test_ollama_stops_loading_when_its_client_leaves(lab):
+    """A client that leaves while its model still loads: Ollama's log says so, within a second of what a direct client sees."""
+    took = []
+    for through in (False, True):
+        server = keep(lab, Ollama(lab.shared.place, lab.shared.get("ollama").home, OLLAMA_DEBUG="1"))
+        way = Way(server, front(lab, server) if through else None)
+        with contextlib.closing(Client(way.address)) as client:
+            way.post(client, *speech(server))
+            server.wait("waiting for llama runner", timeout=30)
+        left, mark = time.monotonic(), server.mark()
+        took.append(server.wait(server.GONE, mark, timeout=30) - left)
+    lab.shared.note(f"Ollama gives a load up, direct and through: {seconds(took[0])} and {seconds(took[1])}")
+    assert took[1] <= took[0] + 1, took
 
 
 # A server's life
@@ -283,6 +310,16 @@ def test_llama_loading(lab):
     gate.open()
     server.wait("listening on")
     same(client.ask("GET", "/v1/models").status, 200, "afterwards")
+
+
+def test_llama_ready(lab):
+    """/ready without a key: 200 while the server takes connections (also while it loads), 503 when it is gone."""
+    server, gate = loading(lab)
+    tinyauth = front(lab, server)
+    same(tinyauth.ask("GET", "/ready", key=None).status, 200, "while loading")
+    server.kill()
+    until(lambda: tinyauth.ask("GET", "/ready", key=None).status == 503, "503 when it is gone", 3)
+    same(tinyauth.ask("GET", "/health", key=None).status, 200, "/health meanwhile")
 
 
 def cut_in_a_stream(lab, server, start):
@@ -495,9 +532,19 @@ def test_llama_ipv6(lab):
     same(tinyauth.ask("GET", "/v1/models").status, 200, "status")
 
 
+def test_ollama_streams_are_not_to_be_held(lab):
+    """Event streams and NDJSON carry X-Accel-Buffering: no, whole answers do not."""
+    tinyauth = front(lab, lab.shared.get("ollama"))
+    for target, stream in (("/api/chat", True), ("/v1/chat/completions", True), ("/v1/messages", True), ("/api/chat", False)):
+        body = {"model": "tiny", "messages": CHAT, "max_tokens": 3, "stream": stream, "options": {"num_predict": 3}}
+        answer = tinyauth.ask("POST", target, body=json.dumps(body).encode())
+        same(answer.get("X-Accel-Buffering"), "no" if stream else None, f"{target}, stream {stream}")
+
+
 # Its walls
 
-ORIGINS = ["https://elsewhere.example", "null", "chrome-extension://abcdefghijklmnop", "moz-extension://1-2-3", "http://localhost.elsewhere.example"]
+ORIGINS = ["https://elsewhere.example", "null", "chrome-extension://abcdefghijklmnop", "moz-extension://1-2-3",
+           "http://localhost.elsewhere.example"]
 
 
 def test_ollama_foreign_host(lab):
@@ -582,8 +629,10 @@ def counted(lab, server, chats):
         if answer.closes:
             client = Counted(tinyauth.address)
     client.close()
-    lines = tinyauth.access(len(want))
-    same([(line["method"], line["path"], line["status"], int(line["in"]), int(line["out"])) for line in lines], want, "the log's lines")
+    for line, (method, target, status, sent, got) in zip(tinyauth.access(len(want)), want):
+        same((line["method"], line["path"], line["status"], int(line["out"])), (method, target, status, got), "the log's line")
+        # of a body that the server answered before its end, less may have been taken
+        assert int(line["in"]) == sent or (sent > 1 << 20 and int(line["in"]) < sent), (line, sent)
 
 
 def test_llama_counting(lab):
@@ -641,6 +690,23 @@ def head_upstream(tap, tinyauth, method, target, fields, size):
     return bytes(tap.asked[-1]).index(b"\r\n\r\n") + 4
 
 
+def control(server):
+    """How many of these bodies the server itself takes for requests, when a client sends them to it directly."""
+    fooled = []
+    for name, method, target, fields, start in HIDING:
+        size = len(hiding(b"", 600))
+        head = len(request(method, target, *fields, key=None, host="localhost", body=b"0" * size)) - size
+        raw = request(method, target, *fields, key=None, host="localhost", body=(hiding(start, head) + b"." * size)[:size])
+        with contextlib.closing(Client(server.address)) as client, contextlib.suppress(OSError, Cut):
+            client.send(raw)
+            client.sock.shutdown(socket.SHUT_WR)
+            while True:
+                client.fill()
+        if len(re.findall(rb"HTTP/1\.[01] [2-5]\d\d ", bytes(client.buffer))) > 1:
+            fooled.append(name)
+    return fooled
+
+
 def hidden(lab, server, honest_status):
     """None of the requests in these bodies is answered, and who else asks meanwhile gets an answer of his own."""
     tap = keep(lab, Tap(server.address))
@@ -653,7 +719,7 @@ def hidden(lab, server, honest_status):
         body += b"." * (size - len(body)) if len(body) < size else b""
         known = len(tap.said)
         with contextlib.closing(tinyauth.connect()) as client:
-            for _ in range(3):
+            for _ in range(9):          # of eight hidden ones each: over 1,000 in all
                 try:
                     client.send(request(method, target, *fields, body=body[:size]))
                     answer = client.read(method)
@@ -667,14 +733,16 @@ def hidden(lab, server, honest_status):
             wrong.append(f"{name}: an honest client got {answer.status}")
         for asked, said in zip(tap.asked[known:], tap.said[known:]):
             answered = len(re.findall(rb"HTTP/1\.[01] [2-5]\d\d ", said))
-            if answered > 1 and asked.count(b"X-Forwarded-For") <= 1:
+            if answered > asked.count(b"X-Forwarded-For"):
                 wrong.append(f"{name}: {answered} answers to one request")
-            if asked.count(b"X-Forwarded-For") > 1:
-                wrong.append(f"{name}: {asked.count(b'X-Forwarded-For')} requests on one connection to the server")
+    shared = max(asked.count(b"X-Forwarded-For") for asked in tap.asked)
+    if shared > 1:
+        wrong.append(f"{shared} requests on one connection to the server")
     ran = server.said("processing task", mark)
     if ran:
         wrong.append(f"{len(ran)} hidden requests ran")
     assert not wrong, "; ".join(wrong[:8])
+    lab.shared.note(f"asked directly, llama-server reads requests in {len(control(server))} of these {len(HIDING)} bodies")
 
 
 def test_llama_hidden_requests_while_serving(lab):
@@ -725,6 +793,10 @@ class RealRun(Run):
         if why:
             problems = [f"passes: take it out of NOT_YET ({why})"]
         super().report(test, problems, word, seconds, lab)
+        if problems:
+            for server in [*self.model.found.values(), *lab.things]:
+                for _, line in getattr(server, "lines", [])[-25:] if isinstance(server, Server) else []:
+                    print(f"        {server.kind} | {line[:260]}")
         self.passed += 0 if problems or word else self.cases
 
     def end(self):
@@ -747,6 +819,7 @@ def main():
         print("0 passed, 1 failed")
         return 1
     place = options.dir.resolve()
+    print("not compared: " + "; ".join(f"{name}: {why}" for name, why in compare.HOP.items()))
     print(f"llama-server {Llama.version(place)}\nOllama {Ollama.version(place)}", flush=True)
     tests = [test for name, test in globals().items() if name.startswith("test_") and options.pattern in name]
     run = RealRun(str(Path(options.tinyauth).resolve()), options.verbose, place)

@@ -30,7 +30,7 @@ class Server:
 
     def start(self):
         began = len(self.lines)
-        self.process = Started.popen(self.command, env={**os.environ, **self.env}, stdin=subprocess.DEVNULL,
+        self.process = Started.popen(self.command, env={**os.environ, **self.env}, stdin=subprocess.DEVNULL, start_new_session=True,
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.pid = self.process.pid
         self.pump = threading.Thread(target=self.read_log, args=[self.process.stdout], daemon=True)
@@ -57,9 +57,10 @@ class Server:
         """When the count-th such line came."""
         return until(lambda: self.said(expression, since)[count - 1:], f"{expression!r} in the server's log", timeout)[0][0]
 
-    def kill(self, number=signal.SIGKILL):
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+    def kill(self):
+        """With what it started: Ollama's runners outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(20)
         self.pump.join(2)
 
@@ -73,6 +74,7 @@ class Llama(Server):
     kind = "llama"
     BEGUN = "processing task"
     GONE = "cancel task"
+    LOOKS = 1.0                         # seconds between two looks at whether a client is still there
     owner = None                        # the user whom it runs as
 
     def __init__(self, place, model="tiny", *options, gate=None, host="127.0.0.1", slots=4):
@@ -99,6 +101,7 @@ class Ollama(Server):
     """Ollama with models `tiny` and `slow`."""
     kind = "ollama"
     BEGUN = "completion request"        # with OLLAMA_DEBUG
+    LOOKS = 0.0
     GONE = r"\[GIN\].* \| +POST +"
 
     def __init__(self, place, home, **env):

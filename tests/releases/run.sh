@@ -1,6 +1,6 @@
 #!/bin/bash
 # README's two commands for Debian, as a newcomer runs them: in a clean root of each release, with the packages that they
-# name and nothing else.
+# name and nothing else. Then, where the release is not this machine's (tests/cross), its compilers for other processors.
 #
 #   run.sh [-v] [SUITE...]
 #
@@ -73,14 +73,23 @@ verdict() {
 }
 
 one() {
-    local suite=$1 root=$project/build/release-$1.$$ command
-    roots+=("$root" "$root.new")
-    "$here/root.sh" "$suite" "$root" >"$work/output" 2>&1 || { verdict "$suite: a clean root" 1; return; }
+    local suite=$1 root=$project/build/release-$1.$$ command arch
+    if ! wait "${making[$suite]}"; then
+        mv "$work/$suite" "$work/output"
+        verdict "$suite: a clean root" 1
+        return
+    fi
     copy_sources "$root/root/tinyauth" || { verdict "$suite: sources" 1; return; }
     for command in "${commands[@]}"; do
         in_root "$root" "$command"
         verdict "$suite: ${command##*&& }" $?
     done
+    if ! grep -qx "VERSION_CODENAME=$suite" /etc/os-release; then
+        for arch in aarch64 armhf riscv64; do
+            in_root "$root" "sh tests/cross/toolchain.sh $arch && make cross ARCH=$arch"
+            verdict "$suite: make cross ARCH=$arch" $?
+        done
+    fi
     rm -rf --one-file-system "$root"
 }
 
@@ -90,6 +99,13 @@ if [ ${#commands[@]} -ne 2 ]; then
     echo "FAILED  README.md has ${#commands[@]} commands for Debian, not two"
     failed=$((failed + 1))
 fi
+# roots are made side by side, and nothing is measured meanwhile
+declare -A making
+for suite; do
+    roots+=("$project/build/release-$suite.$$" "$project/build/release-$suite.$$.new")
+    "$here/root.sh" "$suite" "$project/build/release-$suite.$$" >"$work/$suite" 2>&1 &
+    making[$suite]=$!
+done
 for suite; do
     one "$suite"
 done
