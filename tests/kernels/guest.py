@@ -50,7 +50,7 @@ CORE = re.compile("""test_(
 # x86_64 without its instructions for AES does no AES at all.
 WANTS_AES = re.compile("test_(openssl_every|curl_every|python_every|session_is_resumed_by_every|session_needs_its_suite)")
 # Wants what a container does not have: namespaces, and other processes' /proc.
-NOT_IN_A_CONTAINER = re.compile("test_(inetd_is_walled|upgrade_under_load)")
+NOT_IN_A_CONTAINER = re.compile("test_(inetd_is_walled|upgrade_under_load|upstream_moves)")
 
 
 def made_key(self, kind, make=secure.Authority.make_key):

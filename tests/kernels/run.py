@@ -348,7 +348,8 @@ def judge(said, why, calls, machine):
         problems.append("it did not come to its end: " + why + "\n" + said[-2500:])
     elif not count:
         problems.append("no tests ran in it:\n" + tests[-2500:])
-    problems += re.split(r"^(?=FAILED  )", tests[:count.start() if count else None], flags=re.M)[1:]
+    shown = re.sub(r"^ok      .*\n", "", tests[:count.start() if count else None], flags=re.M)
+    problems += re.split(r"^(?=FAILED  )", shown, flags=re.M)[1:]
     problems += [f"refused: {call}" for call in refused(rest, calls, machine.container)]
     problems += [f"the kernel says {line}" for line in re.findall(r"^.*(?:Oops|BUG:|Kernel panic|soft lockup).*$", rest, re.M)[:5]]
     return int(count[1]) if count else 0, problems
