@@ -2450,6 +2450,7 @@ keys_flip(struct keys_map *map)
 static bool
 keys_read(const char *path, struct file *f, struct complaints *bad)
 {
+	errno = 0;
 	const char *why = file_read(path, KEYS_FILE_MAX, f);
 
 	if (why != NULL && (f->opened || errno != ENOENT))
@@ -6013,7 +6014,7 @@ static const struct state_row {
 	[S_SEND] = {"send", step_relay, MS(idle_ms), late_send, R_BODY_TIMEOUT, false},
 	[S_WAIT] = {"wait", step_relay, MS(first_byte_ms), late_wait, R_UPSTREAM_TIMEOUT, false},
 	[S_RELAY] = {"relay", step_relay, MS(idle_ms), late_relay, R_IDLE, false},
-	[S_TUNNEL] = {"tunnel", step_tunnel, MS(idle_ms), late_relay, R_IDLE, false},
+	[S_TUNNEL] = {"tunnel", step_tunnel, MS(idle_ms), late_wait, R_IDLE, false},
 	[S_FLUSH] = {"flush", step_flush, MS(reader_ms), late_end, R_NONE, true},
 	[S_LINGER] = {"linger", step_linger, MS(linger_ms), late_end, R_NONE, true},
 #undef MS
@@ -6103,7 +6104,7 @@ conn_touch(struct worker *w, struct conn *c)
 		conn_hasten(c, c->upstream.fd >= 0 ? c->request->connect_ns : w->now_ns + CONNECT_AGAIN_MS * NS_PER_MS);
 	if (conn_spent(c))
 		conn_hasten(c, w->now_ns + UPSTREAM_END_MS * NS_PER_MS);
-	if (c->state == S_SEND || c->state == S_WAIT) {
+	if (c->state == S_SEND || c->state == S_WAIT || c->state == S_TUNNEL) {
 		c->request->idle_ns = c->deadline_ns;
 		conn_hasten(c, c->state == S_SEND ? c->request->stretch_ns : w->now_ns + BEAR_MS * NS_PER_MS);
 	}
@@ -6770,8 +6771,11 @@ step_connect(struct worker *w, struct conn *c)
 	uint64_t before = p->out;
 	enum reason left;
 
-	if (c->client.seen & SEEN_GONE && (left = conn_left(c)) != R_NONE)
+	if (c->client.seen & SEEN_GONE && (left = conn_left(c)) != R_NONE) {
+		if (w->now_ns + config.connect_ms * NS_PER_MS > c->request->connect_ns + CONNECT_SLOW_MS * NS_PER_MS)
+			conn_address_failed(w, c, false);    /* its patience ended before ours */
 		return request_abandon(w, c, left);
+	}
 	if (c->upstream.fd < 0)
 		return STEP_WAIT;
 	if (p->raw < p->end && !p->body.done && !pipe_run(p))
@@ -6935,13 +6939,15 @@ relay_answer_head(struct worker *w, struct conn *c)
 	return w->head.status < 200 ? relay_interim(w, c) : relay_final(w, c);
 }
 
-/* The answer is whole, and with it the upstream connection is over: what of the request is still on its way there, and what came
- * behind the answer, is nobody's. [r26, r30] */
+/* The answer is whole, and with it both connections end, or the client's goes on. What came behind the answer is nobody's. Of a
+ * request's body that is not whole the rest is sent on while the upstream takes it. [r26, r30] */
 static enum step
 relay_done(struct worker *w, struct conn *c)
 {
-	bool close_it = c->request->close;
+	bool close_it = c->request->close, sent = c->req.body.done && !pipe_waits(&c->req);
 
+	if (!sent && !c->req.broken && !(c->upstream.seen & (POLLIN | SEEN_GONE)))
+		return STEP_WAIT;
 	c->req.start = c->req.ready;
 	pipe_drop(w, &c->resp);
 	request_end(w, c, R_NONE);
@@ -7151,14 +7157,14 @@ late_send(struct worker *w, struct conn *c, enum reason reason)
 	return conn_refuse_upstream(w, c, pipe_waits(&c->req) ? R_IDLE : reason);
 }
 
-/* Of a body that the kernel took there may be something left that the upstream does not read yet. */
+/* Of what the kernel took there may be something left that the upstream does not read yet. */
 static enum step
 late_wait(struct worker *w, struct conn *c, enum reason reason)
 {
 	uint64_t end_ns = c->request->idle_ns;
 
 	if (w->now_ns >= end_ns)
-		return conn_refuse_upstream(w, c, reason);
+		return c->state == S_TUNNEL ? late_relay(w, c, reason) : conn_refuse_upstream(w, c, reason);
 	link_bear(&c->upstream);
 	conn_touch(w, c);
 	c->request->idle_ns = end_ns;
@@ -7881,6 +7887,8 @@ rehearsal_prepare(struct rehearsal *r, const struct tls_pair *pair)
 	r->caller = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	r->epoll = epoll_create1(EPOLL_CLOEXEC);
 	/* with the family alone the kernel finds a name, which no file has; where that may not be, there is nothing to accept */
+	if (r->listener < 0 || r->caller < 0)
+		return false;
 	if (bind(r->listener, (struct sockaddr *)&un, sizeof un.sun_family) != 0 || listen(r->listener, 1) != 0 ||
 	    getsockname(r->listener, (struct sockaddr *)&un, &len) != 0 || connect(r->caller, (struct sockaddr *)&un, len) != 0)
 		r->listener = -1;
@@ -9277,7 +9285,7 @@ child_hear(struct supervisor *s, struct child *child)
 			else if (words[k] == 'P')
 				child->pings = 0;
 			else if (words[k] == 'S' && child->generation > 0) {
-				s->proven = true;
+				s->proven = child->serves = true;
 				supervisor_relieve(s, child);
 			} else if (words[k] == 'R') {
 				s->unreached = true;
@@ -9780,7 +9788,8 @@ supervisor_notify_ready(const struct supervisor *s)
 static void
 supervisor_notify_reloading(const struct supervisor *s)
 {
-	supervisor_notify(s, "RELOADING=1\nMONOTONIC_USEC=%llu\n", (unsigned long long)(clock_ns() / 1000));
+	if (s->told_ready)
+		supervisor_notify(s, "RELOADING=1\nMONOTONIC_USEC=%llu\n", (unsigned long long)(clock_ns() / 1000));
 }
 
 /* Finds the manager's socket, and whether it wants to hear from us now and then. */
@@ -9960,7 +9969,7 @@ static void
 supervisor_wait(struct supervisor *s)
 {
 	uint64_t until = s->look_ns, ns;
-	struct pollfd first[16];             /* the first workers: the server is ready when one of them says that it serves */
+	struct pollfd first[16];             /* new workers: the server is ready, or a reload done, when they say that they serve */
 	nfds_t n = 0;
 	sigset_t none;
 
@@ -9978,8 +9987,8 @@ supervisor_wait(struct supervisor *s)
 		ns = LOG_RETRY_MS * NS_PER_MS;
 	struct timespec time = {(time_t)(ns / NS_PER_S), (long)(ns % NS_PER_S)};
 	sigemptyset(&none);
-	for (unsigned i = 0; i < s->children && !s->proven && n < LENGTH(first); i++)
-		if (s->child[i].generation > 0)
+	for (unsigned i = 0; i < s->children && (!s->proven || s->reloading) && n < LENGTH(first); i++)
+		if (s->child[i].generation > 0 && !s->child[i].serves)
 			first[n++] = (struct pollfd){s->child[i].control, POLLIN, 0};
 	if (ppoll(first, n, &time, &none) > 0)
 		signal_child = 1;            /* it may have ended instead, and a descriptor that is ready keeps signals waiting */
@@ -9994,6 +10003,20 @@ supervisor_tell_ready(struct supervisor *s)
 		return;
 	s->told_ready = true;
 	log_ready(s->log, config.workers, supervisor_keys(s), config.upstream.text);
+	supervisor_notify_ready(s);
+}
+
+/* A reload is done when what it began serves. */
+static void
+supervisor_tell_reloaded(struct supervisor *s)
+{
+	bool done = s->reloading;
+
+	for (unsigned i = 0; i < s->children; i++)
+		done = done && (s->child[i].generation != s->generation || s->child[i].serves);
+	if (!done)
+		return;
+	s->reloading = false;
 	supervisor_notify_ready(s);
 }
 
@@ -10028,14 +10051,14 @@ supervisor_obey(struct supervisor *s)
 		supervisor_notify_reloading(s);
 		supervisor_notify(s, "WATCHDOG=1\n");        /* the check may take a while */
 		supervisor_upgrade(s);
-		supervisor_notify_ready(s);
+		s->reloading = true;
 	}
 	if (signal_hup && !(signal_hup = 0)) {
 		supervisor_notify_reloading(s);
 		supervisor_reload_keys(s);
 		supervisor_renew(s);
 		supervisor_follow(s);
-		supervisor_notify_ready(s);
+		s->reloading = true;
 	}
 }
 
@@ -10047,6 +10070,7 @@ supervisor_tend(struct supervisor *s)
 		supervisor_resolved(s);
 	children_hear(s);
 	supervisor_tell_ready(s);
+	supervisor_tell_reloaded(s);
 	supervisor_despair(s);
 	supervisor_pet(s);
 	supervisor_resolve(s);
@@ -10233,11 +10257,13 @@ static void
 inetd_descriptors(struct supervisor *s, int *in, int *out)
 {
 	struct stat st;
-	int listens = 0;
-	socklen_t len = sizeof listens;
+	int listens = 0, type = SOCK_STREAM;
+	socklen_t len = sizeof listens, n = sizeof type;
 
 	*in = listeners_passed(s) == 1 ? s->listener[0] : STDIN_FILENO;
 	bool socket = fstat(*in, &st) == 0 && S_ISSOCK(st.st_mode);
+	if (socket && getsockopt(*in, SOL_SOCKET, SO_TYPE, &type, &n) == 0 && type != SOCK_STREAM)
+		die(EX_USAGE, "-i takes a stream connection; write stream and tcp in inetd.conf, ListenStream= in a socket unit");
 	*out = socket ? *in : STDOUT_FILENO;
 	if (socket && getsockopt(*in, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) == 0 && listens)
 		die(EX_USAGE, "-i takes a connection, not a listening socket: write nowait in inetd.conf, Accept=yes in a socket unit");

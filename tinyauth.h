@@ -82,6 +82,7 @@ enum {
 
 	FATES = 16,                  /* addresses of upstreams of which the shared table remembers that they could not be reached */
 	FATE_REST_MS = 10000,        /* for so long the other addresses go first */
+	CONNECT_SLOW_MS = 1000,      /* an address that did not connect by then, when its client left, counts as out of reach */
 	CONNECT_AGAIN_MS = 20,       /* until a unix socket whose queue is full is tried again */
 
 	LOG_BUF = 65536,             /* bytes of log lines waiting in a process */
@@ -458,7 +459,8 @@ enum state {
 struct request {
 	uint64_t begin_ns, first_ns; /* head complete; first byte of the answer. CLOCK_MONOTONIC */
 	uint64_t in;                 /* bytes of the head */
-	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut; in S_WAIT: when the answer is too late */
+	uint64_t idle_ns;            /* in S_SEND: when a body that stands still is cut; in S_WAIT: when the answer is too late; in
+	                              * S_TUNNEL: when nothing moved for too long */
 	uint64_t stretch_ns, stretch_in;  /* end of this stretch of time; body bytes before it */
 	const char *detail;          /* of the reason: configured or constant text */
 	const char *why;             /* what was wrong with the upstream's answer: constant text, or NULL */
@@ -560,6 +562,7 @@ struct child {
 	unsigned generation;         /* 0: of the binary before */
 	unsigned pings;              /* that it did not answer yet */
 	int call;                    /* that ended it, as it told last; 0: none */
+	bool serves;                 /* it said so */
 	bool draining;
 	uint64_t born_ns;
 };
@@ -613,6 +616,7 @@ struct supervisor {
 	int hopeless;                /* exit status: a worker could not give up root, or none comes to serve; 0: there is hope */
 	bool proven;                 /* one serves */
 	bool told_ready;             /* and that was told */
+	bool reloading;              /* a reload is told as done when all of the newest generation serve */
 	bool due;                    /* a new generation is, as soon as the operation that made it so is over */
 	unsigned failed;             /* first workers that did not come to serve */
 	uint64_t start_ns;
