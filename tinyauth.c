@@ -714,6 +714,17 @@ cpus_online(void)
 	return n > 0 ? (uint64_t)n : 1;
 }
 
+/* No pages of 2 MB, which some systems give unasked: one touched buffer would be as much. */
+static void
+memory_small(void)
+{
+#if TINYAUTH_LINUX
+	enum { THP_DISABLE = 41 };
+
+	prctl(THP_DISABLE, 1, 0, 0, 0);
+#endif
+}
+
 /* Bytes of a page of memory: 4 KB, or on some machines 16 or 64. */
 static size_t
 page_size(void)
@@ -10886,6 +10897,7 @@ int
 main(int argc, char **argv)
 {
 	descriptors_fill();
+	memory_small();
 	signal(SIGPIPE, SIG_IGN);            /* a failed write is an error like others */
 	signal(SIGXFSZ, SIG_IGN);
 	bool check = argc > 1 && strcmp(argv[1], "check") == 0, key = argc > 1 && strcmp(argv[1], "key") == 0, usage;
