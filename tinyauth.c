@@ -8556,7 +8556,8 @@ worker_gather(struct worker *w)
 	watch_listeners(w, accepting);
 	while (w->polled.next != &w->polled)
 		worker_park(w, w->polled.next);
-	worker_gather_brief(w);
+	if (w->briefs > 0)
+		worker_gather_brief(w);
 }
 
 static void
@@ -8650,8 +8651,11 @@ worker_drain(struct worker *w)
 		atomic_store_explicit(&w->row->room, 0, memory_order_relaxed);
 	w->drain_ns = w->now_ns + config.drain_ms * NS_PER_MS;
 	watch_listeners(w, false);
-	for (unsigned i = 0; i < w->listeners; i++)
+	for (unsigned i = 0; i < w->listeners; i++) {
 		close(w->listener[i]);
+		/* its number stays taken: behind the walls what has it may not be given options */
+		(void)!socket(config.upstream.addrs > 0 ? config.upstream.addr[0].ss.ss_family : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	}
 	w->listeners = 0;
 }
 

@@ -106,7 +106,7 @@ enum {
 	CHILDREN_MAX = 1024,         /* workers alive: the serving generation and all that still drain */
 	ACCEPTS_MAX = 16,            /* connections taken from one listener in a turn */
 	BRIEFS_MAX = 64,             /* upstream links in a poll set beside the epoll set */
-	BRIEF_TURNS = 8,             /* for so many turns */
+	BRIEF_TURNS = 4,             /* for so many turns */
 	POLL_MANY = 32,              /* connections in a worker beyond which all wait in its epoll set */
 
 	LINGER_MS = 30000,           /* how long a closing connection is read on, so that our answer is not lost to a reset, */

@@ -158,7 +158,7 @@ world_poll(struct pollfd *set, nfds_t n)
 		if (set[i].fd >= 0 && *world_takes(set[i].fd) == 0)
 			set[i].revents &= (short)~POLLOUT;
 		ready += set[i].revents != 0;
-		world.ready += set[i].revents != 0;
+		world.ready += set[i].revents != 0 && set[i].fd != worker.epoll;   /* whose events are counted apart */
 	}
 	return ready;
 }
@@ -217,7 +217,7 @@ check_conn(const struct conn *c)
 	conn_interest(c, &client, &upstream);
 	MUST(client != 0 || (upstream != 0 && c->upstream.fd >= 0));
 	if (c->parked && !c->queued)
-		MUST((client & ~c->client.watched) == 0 && (c->upstream.fd < 0 || (upstream & ~c->upstream.watched) == 0));
+		MUST((client & ~c->client.watched) == 0 && (c->upstream.fd < 0 || c->brief || (upstream & ~c->upstream.watched) == 0));
 	for (int i = 0; i < 2; i++) {
 		const struct pipe *p = i == 0 ? &c->req : &c->resp;
 		if (p->mem != NULL)
