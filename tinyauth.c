@@ -6276,7 +6276,8 @@ request_begin(struct worker *w, struct conn *c, size_t n)
 	r->page = h->page;
 
 	c->req.body = head_body(h);
-	r->close = h->close || (h->minor == 0 && !h->keep_alive) || w->draining;
+	r->leaves = h->close || (h->minor == 0 && !h->keep_alive);
+	r->close = r->leaves || w->draining;
 	r->expects = h->expect_continue && !c->req.body.done;
 	c->req.raw += (uint32_t)n;
 	c->req.in = c->req.out = c->resp.in = c->resp.out = 0;
@@ -6950,6 +6951,15 @@ relay_answer_head(struct worker *w, struct conn *c)
 	return w->head.status < 200 ? relay_interim(w, c) : relay_final(w, c);
 }
 
+/* Who said that this is its last request, and sent all of it, sends nothing more that could reset the connection before our
+ * answer is read: it need not linger. */
+static bool
+conn_ends_at_once(const struct conn *c)
+{
+	return c->request->leaves && c->req.body.done && c->req.raw == c->req.end && !pipe_waits(&c->req) && c->client.tls == NULL &&
+	       !link_piped(&c->client) && (c->upstream.seen & (POLLIN | SEEN_GONE)) != 0;
+}
+
 /* The answer is whole, and with it both connections end, or the client's goes on. What came behind the answer is nobody's. Of a
  * request's body that is not whole the rest is sent on while the upstream takes it. [r26, r30] */
 static enum step
@@ -6959,10 +6969,11 @@ relay_done(struct worker *w, struct conn *c)
 
 	if (!sent && !c->req.broken && !(c->upstream.seen & (POLLIN | SEEN_GONE)))
 		return STEP_WAIT;
+	bool at_once = conn_ends_at_once(c);
 	c->req.start = c->req.ready;
 	pipe_drop(w, &c->resp);
 	request_end(w, c, R_NONE);
-	return request_next(w, c, close_it);
+	return at_once ? STEP_CLOSE : request_next(w, c, close_it);
 }
 
 static enum step
@@ -7054,11 +7065,12 @@ static struct conn *
 conn_open(struct worker *w, int fd, int out, const struct sockaddr_storage *peer, bool secure)
 {
 	struct conn *c = pool_take(&w->conns);
-	bool queued = c->queued;             /* by who had the place before and gave way */
+	bool queued = c->queued, brief = c->brief;   /* by who had the place before and gave way */
 
 	w->used++;
 	memset(c, 0, sizeof *c);
 	c->queued = queued;
+	c->brief = brief;
 	link_open(&c->client, fd);
 	c->client.out = out;
 	link_open(&c->upstream, -1);
@@ -8424,7 +8436,23 @@ static void
 watch_again(struct worker *w, struct conn *c, struct link *l, int side, short interest, bool unwanted)
 {
 	if ((interest & ~l->watched) != 0 || (unwanted && l->watched != interest))
-		watch(w, c, l, side, interest);
+		watch(w, c, l, side, unwanted ? interest : interest | l->watched);
+}
+
+/* The upstream's link of a connection in the epoll set: most are over before it would pay to register them. Those that last go
+ * into the set after some turns. */
+static void
+watch_upstream(struct worker *w, struct conn *c, short interest, bool unwanted)
+{
+	if (c->upstream.fd < 0 || c->upstream.watched != 0 || interest == 0 || (!c->brief && w->briefs == BRIEFS_MAX)) {
+		watch_again(w, c, &c->upstream, 1, interest, unwanted);
+		return;
+	}
+	if (c->brief)
+		return;
+	w->brief[w->briefs++] = c;
+	c->brief = true;
+	c->turns = 0;
 }
 
 /* From the poll set into the epoll set. */
@@ -8438,7 +8466,7 @@ worker_park(struct worker *w, struct conn *c)
 	c->parked = true;
 	conn_interest(c, &client, &upstream);
 	watch(w, c, &c->client, 0, client | POLLRDHUP);
-	watch(w, c, &c->upstream, 1, upstream);
+	watch_upstream(w, c, upstream, false);
 }
 
 static void
@@ -8475,6 +8503,45 @@ worker_tell_room(struct worker *w)
 		atomic_store(&w->row->room, room);   /* before a look at theirs: of two that fill up at once one sees it */
 }
 
+/* The poll set beside the epoll set: that set itself, and upstream links that are not in it. */
+static void
+worker_gather_brief(struct worker *w)
+{
+	unsigned kept = 0;
+
+	w->pollfds = 0;
+	worker_want(w, w->epoll, POLLIN);
+	for (unsigned i = 0; i < w->briefs; i++) {
+		struct conn *c = w->brief[i];
+		short client, upstream;
+		c->brief = c->state != S_FREE && c->parked && c->upstream.fd >= 0 && c->upstream.watched == 0;
+		if (!c->brief)
+			continue;
+		conn_interest(c, &client, &upstream);
+		if (++c->turns > BRIEF_TURNS) {
+			c->brief = false;
+			watch(w, c, &c->upstream, 1, upstream);
+			continue;
+		}
+		worker_want(w, upstream != 0 ? c->upstream.fd : -1, upstream);
+		w->brief[kept++] = c;
+	}
+	w->briefs = kept;
+}
+
+static void
+worker_collect_brief(struct worker *w)
+{
+	const struct pollfd *p = w->pfd + 1;
+
+	for (unsigned i = 0; i < w->briefs; i++, p++)
+		if (p->revents != 0) {
+			w->brief[i]->client.seen = 0;
+			w->brief[i]->upstream.seen = p->revents;
+			worker_queue(w, w->brief[i]);
+		}
+}
+
 static void
 worker_gather(struct worker *w)
 {
@@ -8489,6 +8556,7 @@ worker_gather(struct worker *w)
 	watch_listeners(w, accepting);
 	while (w->polled.next != &w->polled)
 		worker_park(w, w->polled.next);
+	worker_gather_brief(w);
 }
 
 static void
@@ -8553,10 +8621,20 @@ worker_wait(struct worker *w)
 	w->called = 0;
 	worker_gather(w);                    /* which may bring a deadline near */
 	int ms = worker_patience(w);
-	if (w->many)
-		watch_wait(w, ms);
-	else if (poll(w->pfd, w->pollfds, ms) > 0)
-		worker_collect_poll(w);
+	if (!w->many) {
+		if (poll(w->pfd, w->pollfds, ms) > 0)
+			worker_collect_poll(w);
+		return;
+	}
+	if (w->briefs > 0) {
+		if (poll(w->pfd, w->pollfds, ms) <= 0)
+			return;
+		worker_collect_brief(w);
+		if (w->pfd->revents == 0)
+			return;
+		ms = 0;
+	}
+	watch_wait(w, ms);
 }
 
 /* ---- words of the supervisor --------------------------------------------------------------------------------- */
@@ -8636,7 +8714,7 @@ worker_step(struct worker *w, struct conn *c)
 	if (c->state != S_FREE && c->parked) {
 		conn_interest(c, &client, &upstream);
 		watch_again(w, c, &c->client, 0, client, client_unwanted);
-		watch_again(w, c, &c->upstream, 1, upstream, upstream_unwanted);
+		watch_upstream(w, c, upstream, upstream_unwanted);
 	}
 	c->client.seen = c->upstream.seen = 0;
 }

@@ -105,6 +105,8 @@ enum {
 	WORKERS_MAX = 256,           /* workers of a generation */
 	CHILDREN_MAX = 1024,         /* workers alive: the serving generation and all that still drain */
 	ACCEPTS_MAX = 16,            /* connections taken from one listener in a turn */
+	BRIEFS_MAX = 64,             /* upstream links in a poll set beside the epoll set */
+	BRIEF_TURNS = 8,             /* for so many turns */
 	POLL_MANY = 32,              /* connections in a worker beyond which all wait in its epoll set */
 
 	LINGER_MS = 30000,           /* how long a closing connection is read on, so that our answer is not lost to a reset, */
@@ -478,6 +480,7 @@ struct request {
 	bool upgrade;                /* asked for a WebSocket */
 	bool expects;                /* asked for 100-continue, with a body to come */
 	bool close;                  /* the client connection ends with this request */
+	bool leaves;                 /* its client said that it ends the connection */
 	bool quiet;                  /* no access line */
 	bool page;                   /* as in struct head */
 	bool portless;               /* no address could be tried for want of a local one */
@@ -498,6 +501,8 @@ struct conn {
 	uint8_t state;
 	bool parked;                 /* watched by epoll instead of being in the poll set */
 	bool again;                  /* it could go on at once, but others come first */
+	bool brief;                  /* in the worker's list of those whose upstream link is not in the epoll set */
+	uint8_t turns;               /* for how many it is */
 	bool queued;                 /* among those to be stepped in this turn */
 	bool waiting;                /* in the list of those that give way */
 	bool reset;                  /* the client has to see a cut, not an end */
@@ -534,6 +539,8 @@ struct worker {
 	uint64_t drain_ns;           /* when draining: the end of it */
 	uint64_t random[2], ids;     /* for request ids: key and counter */
 	size_t used;                 /* connections open */
+	struct conn *brief[BRIEFS_MAX];      /* parked ones whose upstream link stands in the poll set; some may be over */
+	unsigned briefs;
 	size_t pollfds, readies;     /* entries in use of pfd, of ready */
 	const struct tls_pair *pair; /* NULL: all listeners are plain */
 	struct sessions *sessions;

@@ -80,6 +80,12 @@ def wrong_key(client, tag):
     return client.ask("POST", f"/t/evil?{tag}", key=WRONG, body=b"x" * 5000), None
 
 
+def no_host(client, tag):
+    """Is refused, and its connection ended by the server."""
+    client.send(f"GET /t/evil?{tag} HTTP/1.1\r\n\r\n".encode())
+    return client.read(), None
+
+
 def leave(client, tag):
     """Goes away in the middle of an answer."""
     client.send(request("GET", f"/t/chunked/5000000?{tag}"))
@@ -89,7 +95,7 @@ def leave(client, tag):
 
 
 KINDS = [echo, upload, upload_chunked, download("cl/100000?"), download("chunked/100000?chunk=1500&"),
-         events, no_key, wrong_key, leave]
+         events, no_key, wrong_key, no_host, leave]
 # The model's end is the end of these: only a reset shows that one was cut, and a process that is killed does not always reset.
 UNFRAMED = [download("close/100000?"), download("close/100000?", version="1.0")]
 
@@ -142,7 +148,7 @@ class Mixed:
         if answer.status in REFUSED:
             self.count("refused", f"{kind.__name__} {tag}: {answer.status}")
         elif check is None:
-            same(answer.status, 401, "status of a request without a good key")
+            same(answer.status, 400 if kind is no_host else 401, "status of a request that is refused")
             self.count("whole", None)
         else:
             same(answer.status, 200, "status")
