@@ -325,14 +325,15 @@ def refused(said, calls, container):
     found = {}
 
     def note(number, what):
-        key = f"{names.get(number, 'call')} ({number}): {what}"
+        key = f"{names.get(number, 'call')} ({number}) {what}"
         found[key] = found.get(key, 0) + 1
 
     for line in re.findall(r"audit: type=1326 .*", said):
         match = re.search(r'comm="(\S*)" exe=(\S*) sig=(\d+) arch=(\w+) syscall=(\d+).* code=0x(\w+)', line)
         if match and ("tinyauth" in match[1] + match[2]):
             action = int(match[6], 16)
-            note(int(match[5]), "killed" if action >> 31 else f"errno {action & 0xFFFF}" if action >> 16 == 5 else f"action {action:#x}")
+            how = {0x80000000: "killed", 0x30000: "trapped", 0x50000: "answered with an errno"}.get(action, f"action {action:#x}")
+            note(int(match[5]), how)
     for comm, number in re.findall(r"^ *(\S+)-\d+ .*sys_exit: NR (\d+) = -38$", said, re.M):
         if "tinyauth" in comm and not container:
             note(int(number), "answered ENOSYS")
