@@ -134,12 +134,15 @@ export async function closedPort() {
   return port;
 }
 
+// However it ends: once() of node:events takes a reset for a failure.
+const closing = (socket) => new Promise((resolve) => socket.once('close', resolve));
+
 // A model that takes requests and never says a word.
 export class Silent {
   constructor() {
     this.server = net.createServer((socket) => {
       socket.on('error', () => {});
-      socket.once('data', () => this.heard({ closed: once(socket, 'close') }));
+      socket.once('data', () => this.heard({ closed: closing(socket) }));
     });
     this.request = new Promise((resolve) => (this.heard = resolve));
   }
@@ -169,7 +172,7 @@ export class Relay {
 
   join(client) {
     const model = net.connect(this.target, '127.0.0.1');
-    const connection = { sent: [], answered: 0, closed: once(client, 'close') };
+    const connection = { sent: [], answered: 0, closed: closing(client) };
     this.connections.push(connection);
     client.on('data', (bytes) => connection.sent.push(bytes));
     model.on('data', () => (connection.answered = performance.now()));
