@@ -1864,6 +1864,8 @@ config_set(struct config *cfg, const struct option_row *row, const char *value, 
 {
 	void *to = (char *)cfg + row->offset;
 
+	if (row->kind == O_LISTEN || row->kind == O_TRUST)   /* in a list of the environment blanks may follow a comma */
+		value += strspn(value, " ");
 	switch (row->kind) {
 	case O_TEXT:
 		*(const char **)to = value;
@@ -1917,7 +1919,7 @@ config_environment(struct config *cfg, const struct option_row *row, const char 
 	char *list = strdup(value), *rest = list;
 	bool good = list != NULL;
 	for (char *one; good && (one = strsep(&rest, ",")) != NULL;)
-		good = config_set(cfg, row, one + strspn(one, " "), m);
+		good = config_set(cfg, row, one, m);
 	free(list);
 	return good;
 }
