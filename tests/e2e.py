@@ -2456,7 +2456,7 @@ def test_log_that_nobody_reads(lab):
     def dropped():
         return sum(int(record["lines"]) for record in tinyauth.events("log_dropped"))
     tinyauth.reading.clear()
-    for _ in range(20):
+    for _ in range(20 * os.sysconf("SC_PAGE_SIZE") // 4096):        # a pipe holds sixteen pages
         ask(100)
     tinyauth.reading.set()
     until(lambda: ask(1) or dropped(), "event=log_dropped")
