@@ -26,7 +26,7 @@
  * Memory is decided at start. A worker maps, and touches only what it uses:
  *
  *   max_conns * (512 struct conn + 1 KB struct request + 2 * 40 KB pipe buffers + 128 for poll, epoll and pools
- *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage
+ *                + with TLS 40 KB) + 4 * 40 KB scratch + 64 KB log + with TLS 32 KB stage; buffers are whole pages
  *
  * A pipe holds a buffer only while bytes wait in it: a head that is not whole, or a receiver that is slower than its
  * sender. An idle connection, and a stream whose client keeps up, hold none. An idle TLS link keeps the pages that its
