@@ -6879,7 +6879,6 @@ relay_tunnel(struct worker *w, struct conn *c)
 	struct request *r = c->request;
 	struct out o = pipe_build(w, &c->resp);
 	struct body bytes = {.kind = BODY_CLOSE, .form = FORM_PLAIN};
-
 	struct backward to = {.minor = r->minor, .connection = S("upgrade"), .id = {r->id, r->id_len},
 	    .host = slice_of(config.upstream.host)};
 
@@ -7437,7 +7436,8 @@ static const struct rule {
 #ifdef SYS_open
 	{SYS_open, FOR_SERVING, 1, false, O_ACCMODE | O_CREAT | O_TRUNC, 0, TRAP},
 #endif
-	{SYS_statx, FOR_WORKER, 2, false, AT_EMPTY_PATH, AT_EMPTY_PATH, FAIL_ENOSYS},  /* of descriptors, not of files */
+	/* as fstat() calls them; the name is behind a pointer, which no filter sees */
+	{SYS_statx, FOR_WORKER, 2, false, AT_EMPTY_PATH, AT_EMPTY_PATH, FAIL_ENOSYS},
 #ifdef SYS_newfstatat
 	{SYS_newfstatat, FOR_WORKER, 3, false, AT_EMPTY_PATH, AT_EMPTY_PATH, FAIL_ENOSYS},
 #endif
